@@ -1,0 +1,61 @@
+"""What every layer needs to know about the other ranks, and the rule that they fail together.
+
+A collective that one rank never enters is a hang that ends in a time-out naming the wrong line. So work that can
+fail on one rank alone (a file that is missing on one node, a full disk) runs inside `same_outcome()`, which lets the
+ranks compare notes before anybody goes on. With no process group all of this is free.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if _is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if _is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's rank on its node, as the launcher set it; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def same_outcome(what: str) -> Iterator[None]:
+    """Run the block on every rank and leave it the same way on every rank.
+
+    Args:
+        what: the work, as a noun phrase for the message other ranks get ("reading the checkpoint").
+
+    Raises:
+        Exception: the block's own error on the ranks where it failed; a RuntimeError that quotes it on the others.
+
+    The block must not contain collectives: a rank that failed would not take part in them.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if world_size() > 1:
+        reports: list[str | None] = [None] * world_size()
+        dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+        failed = [(index, report) for index, report in enumerate(reports) if report is not None]
+        if failed and error is None:
+            index, report = failed[0]
+            raise RuntimeError(f"{what} failed on rank {index}: {report}")
+    if error is not None:
+        raise error
+
+
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
