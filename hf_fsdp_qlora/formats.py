@@ -1,0 +1,77 @@
+"""Rows and bytes: how a quantised weight is laid out so that every row stands alone.
+
+The flattened weight (out x in, row-major) is cut into rows of `row_size` weights. A row carries its codes and all the
+statistics needed to dequantise it, so any contiguous run of rows can live on any rank, in any file, without the rest.
+The last row is padded with zeros.
+
+Arithmetic only: the backends and the planner share this module, and the planner must not need torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NESTED_BLOCKS = 256  # absmax values under one second-level absmax, fixed by bitsandbytes
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """The layout of one row.
+
+    Args:
+        row_size: weights in a row.
+        code_bytes: bytes of codes in a row, a multiple of 4 (rows are stored as float32 views under FSDP2).
+        stats_bytes: bytes of statistics in a row, a multiple of 4.
+    """
+
+    row_size: int
+    code_bytes: int
+    stats_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.code_bytes % FLOAT32_BYTES or self.stats_bytes % FLOAT32_BYTES:
+            raise ValueError(f"a row must be a whole number of float32 values, got {self}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, codes and statistics together."""
+        return self.code_bytes + self.stats_bytes
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes a weight costs once quantised, padding of the last row aside."""
+        return self.row_bytes / self.row_size
+
+    def num_rows(self, numel: int) -> int:
+        """Rows of a weight with `numel` elements."""
+        return -(-numel // self.row_size)
+
+    def num_bytes(self, numel: int) -> int:
+        """Bytes of a weight with `numel` elements, padding included."""
+        return self.num_rows(numel) * self.row_bytes
+
+
+def four_bit_rows(block_size: int, nested: bool) -> RowFormat:
+    """Rows of bitsandbytes NF4 and FP4: 256 blocks each, so that second-level blocks do not cross rows.
+
+    Args:
+        block_size: weights under one absmax.
+        nested: the absmax values are quantised again to one byte each (double quantisation); a row then ends in its
+            float32 second-level absmax and the float32 offset of the whole tensor.
+
+    Source: QLoRA, arXiv 2305.14314, section 3; bitsandbytes.functional.quantize_4bit.
+    """
+    row_size = NESTED_BLOCKS * block_size
+    stats = NESTED_BLOCKS + 2 * FLOAT32_BYTES if nested else NESTED_BLOCKS * FLOAT32_BYTES
+    return RowFormat(row_size=row_size, code_bytes=row_size // 2, stats_bytes=stats)
+
+
+def shard_range(num_items: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First and past-the-last item that one rank owns when dim 0 is split as `torch.chunk` splits it.
+
+    FSDP2, DCP and `Shard(0)` all use this rule: equal chunks of ceil(n / world_size), the last ones short or empty.
+    """
+    chunk = -(-num_items // world_size)
+    start = min(rank * chunk, num_items)
+    return start, min(start + chunk, num_items)

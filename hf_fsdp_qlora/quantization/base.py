@@ -1,0 +1,108 @@
+"""What a quantisation library must offer to take part, and the table of those that do.
+
+A backend turns a run of weights into rows of bytes and rows of bytes back into weights. It knows nothing of ranks,
+files or modules; the loader hands it the rows of one rank and a way to see statistics of the whole tensor.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.formats import RowFormat
+
+GatherRows = Callable[[Tensor], Tensor]
+"""(local_rows, k) on this rank -> (num_rows, k) of the whole tensor, on every rank."""
+
+
+class QuantizationBackend(ABC):
+    """One way to store a weight in rows. Instances are immutable and equal when their `spec` is.
+
+    Attributes:
+        format: the layout of a row.
+        spec: a string that names the backend and all its settings. The custom ops carry it, because an op's schema
+            takes no Python objects.
+        dtype: the dtype weights are quantised from and dequantised to.
+        compute_dtype: the dtype of the matrix product.
+    """
+
+    format: RowFormat
+    spec: str
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Any, dtype: torch.dtype) -> QuantizationBackend:
+        """Build the backend that a quantisation config asks for.
+
+        Raises:
+            ConfigError: the config asks for something this backend cannot store in rows.
+        """
+
+    @abstractmethod
+    def quantize(self, weights: Tensor, numel: int, gather_rows: GatherRows) -> tuple[Tensor, Tensor]:
+        """Quantise the rows that one rank owns.
+
+        Args:
+            weights: (n,) in `dtype`, the weights of this rank's rows; only the tensor's last row may be short, and n
+                is 0 on a rank that owns no row.
+            numel: elements of the whole tensor.
+            gather_rows: collective; every rank calls it the same number of times, also with no rows.
+
+        Returns:
+            codes (local_rows, code_bytes) and statistics (local_rows, stats_bytes), uint8, on the device of `weights`.
+        """
+
+    @abstractmethod
+    def dequantize(self, codes: Tensor, stats: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The weight that the rows stand for.
+
+        Args:
+            codes: (num_rows, code_bytes) uint8, contiguous.
+            stats: (num_rows, stats_bytes) uint8, contiguous.
+            shape: (out_features, in_features).
+
+        Returns:
+            (out_features, in_features) in `dtype`.
+        """
+
+
+_CONFIGURED: dict[str, type[QuantizationBackend]] = {}
+_BY_SPEC: dict[str, QuantizationBackend] = {}
+
+
+def register_backend(quant_method: str, backend: type[QuantizationBackend]) -> None:
+    """Make `load_model` use `backend` for configs whose `quant_method` is this one.
+
+    Args:
+        quant_method: transformers' name for it (`quantization_config.quant_method`), such as "bitsandbytes".
+    """
+    _CONFIGURED[quant_method] = backend
+
+
+def backend_for_config(config: Any, dtype: torch.dtype) -> QuantizationBackend:
+    """The backend for a quantisation config object.
+
+    Raises:
+        ConfigError: no backend is registered for it, or the backend refuses it.
+    """
+    method = getattr(config, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    if name not in _CONFIGURED:
+        raise ConfigError(
+            f"quantization_config of type {type(config).__name__} (quant_method={name!r}) has no backend; "
+            f"there are backends for: {', '.join(sorted(_CONFIGURED))}."
+        )
+    backend = _CONFIGURED[name].from_config(config, dtype)
+    return _BY_SPEC.setdefault(backend.spec, backend)
+
+
+def backend_by_spec(spec: str) -> QuantizationBackend:
+    """The backend instance that `backend_for_config` made earlier in this process."""
+    return _BY_SPEC[spec]

@@ -1,0 +1,139 @@
+"""NF4 and FP4 rows, bit-identical to `bitsandbytes.functional.quantize_4bit` of the whole tensor.
+
+Codes and absmax belong to blocks, and a row is a whole number of blocks, so quantising a run of rows gives exactly
+the bytes the whole tensor would have there. Double quantisation needs one number of the whole tensor, the mean of
+absmax; it is computed from the gathered absmax vector by the same call on the same values as bitsandbytes does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.formats import NESTED_BLOCKS, four_bit_rows
+from hf_fsdp_qlora.quantization.base import GatherRows, QuantizationBackend, register_backend
+from hf_fsdp_qlora.quantization.configs import BlockwiseFourBitConfig
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DEFAULT_BLOCK_SIZE = 64
+
+
+class FourBitBackend(QuantizationBackend):
+    """bitsandbytes NF4 or FP4.
+
+    Args:
+        quant_type: "nf4" or "fp4".
+        block_size: weights under one absmax, one of `BLOCK_SIZES`.
+        nested: quantise the absmax values too (double quantisation).
+        dtype: the dtype of the weights.
+        compute_dtype: the dtype of the matrix product.
+    """
+
+    def __init__(
+        self, quant_type: str, *, block_size: int, nested: bool, dtype: torch.dtype, compute_dtype: torch.dtype
+    ) -> None:
+        if quant_type not in ("nf4", "fp4"):
+            raise ConfigError(f"bnb_4bit_quant_type={quant_type!r} is unknown; use 'nf4' or 'fp4'.")
+        if block_size not in BLOCK_SIZES:
+            raise ConfigError(f"block_size={block_size} is not one that bitsandbytes has; use one of {BLOCK_SIZES}.")
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ConfigError(f"dtype={dtype} cannot be quantised to 4 bit; use bfloat16, float16 or float32.")
+        self.quant_type = quant_type
+        self.block_size = block_size
+        self.nested = nested
+        self.dtype = dtype
+        self.compute_dtype = compute_dtype
+        self.format = four_bit_rows(block_size, nested)
+        self.spec = f"bitsandbytes/{quant_type}/block={block_size}/nested={nested}/{dtype}/{compute_dtype}"
+
+    @classmethod
+    def from_config(cls, config: Any, dtype: torch.dtype) -> FourBitBackend:
+        """Read transformers' `BitsAndBytesConfig`, or our `BlockwiseFourBitConfig` for other block sizes.
+
+        `bnb_4bit_compute_dtype` cannot be told from its default, float32; the default means `dtype`.
+        """
+        if not config.load_in_4bit:
+            raise ConfigError(
+                "BitsAndBytesConfig without load_in_4bit has no row format (LLM.int8 keeps outlier columns, which do "
+                "not stand alone). Set load_in_4bit=True."
+            )
+        wanted = config.bnb_4bit_compute_dtype
+        return cls(
+            config.bnb_4bit_quant_type,
+            block_size=config.bnb_4bit_blocksize if isinstance(config, BlockwiseFourBitConfig) else DEFAULT_BLOCK_SIZE,
+            nested=config.bnb_4bit_use_double_quant,
+            dtype=dtype,
+            compute_dtype=dtype if wanted in (None, torch.float32) else wanted,
+        )
+
+    def quantize(self, weights: Tensor, numel: int, gather_rows: GatherRows) -> tuple[Tensor, Tensor]:
+        """See `QuantizationBackend.quantize`. Collective once per tensor with double quantisation, else local."""
+        rows = self.format.num_rows(weights.numel())
+        if rows:
+            codes, state = bnb.quantize_4bit(weights, blocksize=self.block_size, quant_type=self.quant_type)
+            codes, absmax = codes.view(-1), state.absmax
+        else:  # bitsandbytes' kernels do not take empty tensors
+            codes, absmax = weights.new_empty(0, dtype=torch.uint8), weights.new_empty(0, dtype=torch.float32)
+        codes = _in_rows(codes, rows, self.format.code_bytes)
+        if not self.nested:
+            return codes, _in_rows(absmax.view(torch.uint8), rows, self.format.stats_bytes)
+        num_blocks = -(-numel // self.block_size)
+        whole_absmax = gather_rows(_in_rows(absmax, rows, NESTED_BLOCKS)).flatten()[:num_blocks]
+        offset = whole_absmax.mean()
+        if not rows:
+            return codes, codes.new_empty(0, self.format.stats_bytes)
+        absmax_codes, second = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKS)
+        parts = [
+            _in_rows(absmax_codes, rows, NESTED_BLOCKS),
+            second.absmax.view(rows, 1).view(torch.uint8),
+            offset.repeat(rows, 1).view(torch.uint8),
+        ]
+        return codes, torch.cat(parts, dim=1)
+
+    def dequantize(self, codes: Tensor, stats: Tensor, shape: tuple[int, int]) -> Tensor:
+        """See `QuantizationBackend.dequantize`. The same kernel call on the same absmax as bitsandbytes."""
+        numel = shape[0] * shape[1]
+        num_blocks = -(-numel // self.block_size)
+        if self.nested:
+            absmax = self._absmax(stats)
+        else:
+            absmax = stats.view(torch.float32)
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            codes.view(-1)[: -(-numel // 2)].view(-1, 1),
+            absmax.reshape(-1)[:num_blocks],
+            self.block_size,
+            self.quant_type,
+            shape,
+            self.dtype,
+        )
+
+    def _absmax(self, stats: Tensor) -> Tensor:
+        """First-level absmax, (num_rows, 256) float32: table[code] * second-level absmax + offset, in that order and
+        without fusing, as bitsandbytes rounds it."""
+        table = _dynamic_map(stats.device)
+        second_and_offset = stats[:, NESTED_BLOCKS:].contiguous().view(torch.float32)
+        absmax = table[stats[:, :NESTED_BLOCKS].int()]
+        return absmax.mul_(second_and_offset[:, :1]).add_(second_and_offset[:, 1:])
+
+
+_DYNAMIC_MAPS: dict[torch.device, Tensor] = {}
+
+
+def _dynamic_map(device: torch.device) -> Tensor:
+    """bitsandbytes' 256-entry table for 8-bit blockwise codes, float32, cached per device."""
+    if device not in _DYNAMIC_MAPS:
+        _DYNAMIC_MAPS[device] = bnb.create_dynamic_map().to(device)
+    return _DYNAMIC_MAPS[device]
+
+
+def _in_rows(flat: Tensor, rows: int, width: int) -> Tensor:
+    """(n,) -> (rows, width), zeros behind the last value."""
+    return pad(flat, (0, rows * width - flat.numel())).view(rows, width)
+
+
+register_backend("bitsandbytes", FourBitBackend)
