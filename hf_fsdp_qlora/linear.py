@@ -53,6 +53,7 @@ class QuantizedLinear(nn.Linear):
             self.bias = nn.Parameter(empty, requires_grad=False)
         else:
             self.register_parameter("bias", None)
+        self.row_fingerprints: Tensor | None = None  # (num_rows,) int64 on the host, set by the loader
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -83,7 +84,7 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout_s: float) ->
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                ok, value = pipe.recv()  # type: ignore[union-attr]
+                ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 processes[rank].join(5)
                 raise AssertionError(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
@@ -101,9 +102,9 @@ def _run_rank(pipe: Connection, function: Callable, args: tuple, kwargs: dict, e
     try:
         if process_group:
             dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-        pipe.send((True, function(*args, **kwargs)))
+        pipe.send_bytes(pickle.dumps((True, function(*args, **kwargs))))
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,0 +1,89 @@
+"""Which engine the launcher asked for, and how it wants the quantised bytes stored.
+
+`accelerate launch` tells a script what to do through environment variables; `load_model` runs before any Trainer or
+Accelerator exists, so it reads the same ones.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from transformers.utils import strtobool
+
+from hf_fsdp_qlora.errors import ConfigError
+
+Engine = Literal["none", "ddp", "fsdp1", "fsdp2"]
+
+
+def resolve_engine(fsdp: str) -> Engine:
+    """The engine to load for. Opens the process group if a launcher started several processes.
+
+    Args:
+        fsdp: "auto" for what accelerate's environment says; "fsdp2" or "none" to overrule it.
+
+    Raises:
+        ConfigError: the engine is unknown or not supported.
+    """
+    if fsdp == "auto":
+        fsdp = f"fsdp{os.environ.get('FSDP_VERSION', '1')}" if _flag("ACCELERATE_USE_FSDP") else "none"
+    if fsdp == "fsdp1":
+        raise ConfigError(
+            "FSDP1 is not supported by this version of hf_fsdp_qlora. Set fsdp_version: 2 in the accelerate config "
+            "(the shipped accelerate_configs/fsdp2.yaml does)."
+        )
+    if fsdp not in ("fsdp2", "none"):
+        raise ConfigError(f"fsdp={fsdp!r} is unknown; use 'auto', 'fsdp2' or 'none'.")
+    state = PartialState()
+    if fsdp == "fsdp2":
+        if not torch.distributed.is_initialized():
+            raise ConfigError(
+                "FSDP2 needs a process group, also for one process: start the script with `accelerate launch "
+                "--config_file ...` or torchrun, or pass fsdp='none'."
+            )
+        return "fsdp2"
+    return "ddp" if state.num_processes > 1 else "none"
+
+
+def resolve_offload(offload: str | None) -> Literal["none", "base", "all"]:
+    """What lives in host memory; None means what accelerate's environment says (`fsdp_offload_params`).
+
+    Raises:
+        ConfigError: the value is unknown.
+    """
+    if offload is None:
+        return "all" if _flag("FSDP_OFFLOAD_PARAMS") else "none"
+    if offload not in ("none", "base", "all"):
+        raise ConfigError(f"offload={offload!r} is unknown; use 'none', 'base' (quantised rows only) or 'all'.")
+    return offload  # type: ignore[return-value]
+
+
+def reshard_after_forward() -> bool:
+    """accelerate's `fsdp_reshard_after_forward`, true by default."""
+    return _flag("FSDP_RESHARD_AFTER_FORWARD", default=True)
+
+
+def resolve_storage_dtype(quantization_config: Any, engine: Engine) -> torch.dtype:
+    """The dtype under which rows are stored: uint8, or float32 views where FSDP2 shards them.
+
+    Args:
+        quantization_config: `bnb_4bit_quant_storage` is read if there is one; uint8, its default, means "choose".
+
+    Raises:
+        ConfigError: the engine would damage bytes that are stored this way.
+    """
+    wanted = getattr(quantization_config, "bnb_4bit_quant_storage", torch.uint8)
+    if engine != "fsdp2":
+        return wanted
+    if wanted not in (torch.uint8, torch.float32):
+        raise ConfigError(
+            f"bnb_4bit_quant_storage={wanted} would be corrupted by FSDP2 on CUDA (NaN bit patterns are rewritten when "
+            "shards are copied). Leave bnb_4bit_quant_storage at its default."
+        )
+    return torch.float32
+
+
+def _flag(name: str, default: bool = False) -> bool:
+    return bool(strtobool(os.environ.get(name, str(default))))

@@ -1,0 +1,88 @@
+"""Fingerprints of quantised rows, taken when they were made and compared with what an all-gather brings back.
+
+A row's fingerprint is the sum of its 32-bit words, each times an odd random constant, modulo 2**64: cheap on any
+device, and any single changed word changes it. Codes and statistics are both covered.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from hf_fsdp_qlora.distributed import same_outcome
+from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
+from hf_fsdp_qlora.sharding import gathered_rows
+
+ROWS_AT_ONCE = 2048
+"""Bounds the temporary memory: 2,048 rows of 8 KiB widen to 32 MiB."""
+
+
+class IntegrityError(RuntimeError):
+    """Quantised bytes are not what was loaded; going on would train on a damaged model."""
+
+
+def fingerprint(codes: Tensor, stats: Tensor) -> Tensor:
+    """One number per row.
+
+    Args:
+        codes: (rows, code_bytes) uint8.
+        stats: (rows, stats_bytes) uint8.
+
+    Returns:
+        (rows,) int64 on the CPU.
+    """
+    return (_sum_of_words(codes, seed=1) + _sum_of_words(stats, seed=2)).cpu()
+
+
+def check_integrity(model: nn.Module, *, max_groups: int | None = None) -> int:
+    """Compare every gathered row with its fingerprint at load time.
+
+    Collective when the model is sharded: call it on every rank.
+
+    Args:
+        max_groups: look at the first so many FSDP groups only; None looks at all.
+
+    Returns:
+        The number of rows that were compared.
+
+    Raises:
+        IntegrityError: on every rank, naming the first damaged layer and the number of damaged rows.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    damaged: list[tuple[str, int]] = []
+    compared = 0
+    for group in islice(gathered_rows(model), max_groups):
+        for layer in group:
+            expected = layer.row_fingerprints
+            if expected is None:
+                continue
+            now = fingerprint(as_bytes(layer.weight.detach()), as_bytes(layer.weight_stats.detach()))
+            wrong = int((now != expected).sum())
+            compared += len(now)
+            if wrong:
+                damaged.append((names[id(layer)], wrong))
+    with same_outcome("the integrity check of the quantised weights"):
+        if damaged:
+            raise IntegrityError(
+                f"{sum(wrong for _, wrong in damaged)} of {compared} quantised rows differ from what was loaded, in "
+                f"{len(damaged)} layers; the first is {damaged[0][0]}. Something cast or overwrote the bytes (a "
+                "mixed-precision policy, .to(dtype), a bf16 copy). Do not use this run's results."
+            )
+    return compared
+
+
+def _sum_of_words(rows: Tensor, seed: int) -> Tensor:
+    if not len(rows):
+        return torch.zeros(0, dtype=torch.int64, device=rows.device)
+    words = rows.view(torch.int32)
+    factors = _odd_factors(words.shape[1], seed).to(words.device)
+    return torch.cat([(part.long() * factors).sum(dim=1) for part in words.split(ROWS_AT_ONCE)])
+
+
+@lru_cache(maxsize=64)
+def _odd_factors(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1

@@ -1,0 +1,205 @@
+"""`load_model`: a model that is quantised and sharded while it is read, so that no rank ever holds more than its part.
+
+The order, and why:
+
+1. Config, model on meta, linear layers replaced, adapters injected: everything has its shape and costs nothing.
+2. Checkpoint tensors are matched to parameters from the files' headers. Whatever is wrong is known by now.
+3. FSDP2 shards the meta parameters. Storage is allocated only afterwards, for the local shards alone.
+4. Weights stream in: own bytes, cast, quantised, written into the shard.
+5. Adapters are initialised from the seed, equally for every world size, or read from a saved adapter.
+6. Checks: nothing on meta, and a sample of rows byte-equal after an all-gather as training does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedModel
+
+from hf_fsdp_qlora.checkpoint import find_checkpoint, index_checkpoint
+from hf_fsdp_qlora.distributed import same_outcome, world_size
+from hf_fsdp_qlora.engine import (
+    Engine,
+    reshard_after_forward,
+    resolve_engine,
+    resolve_offload,
+    resolve_storage_dtype,
+)
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.integrity import check_integrity
+from hf_fsdp_qlora.lora import add_adapter, initialize_adapters, load_adapter_weights
+from hf_fsdp_qlora.lora_config import check_peft_config, read_adapter_config
+from hf_fsdp_qlora.quantization import backend_for_config
+from hf_fsdp_qlora.report import make_report
+from hf_fsdp_qlora.sharding import Offload, apply_fsdp2, materialize
+from hf_fsdp_qlora.skeleton import build_skeleton, decoder_layers, replace_linears
+from hf_fsdp_qlora.trainer_compat import attach
+from hf_fsdp_qlora.weights import PlannedWeight, fill, match_checkpoint
+
+logger = logging.getLogger(__name__)
+
+CHECKED_GROUPS = 2
+"""Layers whose rows are compared after an all-gather before `load_model` returns."""
+
+
+def load_model(
+    model_name_or_path: str | os.PathLike[str],
+    *,
+    quantization_config: Any = None,
+    peft_config: PeftConfig | None = None,
+    dtype: torch.dtype | str = torch.bfloat16,
+    fsdp: str = "auto",
+    offload: str | None = None,
+    adapter_name_or_path: str | None = None,
+    is_trainable: bool = True,
+    adapter_dtype: torch.dtype = torch.float32,
+    seed: int = 42,
+    revision: str = "main",
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+    trust_remote_code: bool = False,
+    **model_kwargs: Any,
+) -> PeftModel | PreTrainedModel:
+    """Load a causal language model from safetensors, quantising and sharding it on the way.
+
+    Collective when several ranks were launched: call it on all of them with the same arguments.
+
+    Args:
+        model_name_or_path: hub id or local folder.
+        quantization_config: transformers' `BitsAndBytesConfig(load_in_4bit=True, ...)` or one of this package's
+            configs; None loads without quantisation. `llm_int8_skip_modules` is honoured; `bnb_4bit_compute_dtype`
+            at its default (float32) means `dtype`, `bnb_4bit_quant_storage` at its default (uint8) means "choose".
+        peft_config: PEFT's `LoraConfig`; None adds no adapter.
+        dtype: what weights are cast to before they are quantised, what they dequantise to, and the compute dtype
+            under FSDP2. A torch dtype or its name.
+        fsdp: "auto" reads the environment that `accelerate launch` sets; "fsdp2" and "none" overrule it.
+        offload: "none"; "base" keeps quantised rows in pinned host memory; "all" keeps every parameter there. None
+            reads accelerate's `fsdp_offload_params`. FSDP2 only.
+        adapter_name_or_path: a saved adapter to continue from, or to evaluate.
+        is_trainable: False freezes the adapter of `adapter_name_or_path`.
+        adapter_dtype: of adapters and other trained parameters; float32 masters by default.
+        seed: for new adapters. Values are those of `torch.manual_seed(seed); get_peft_model(...)` on one CPU
+            process, for every number of ranks.
+        revision, token, cache_dir, local_files_only, subfolder, trust_remote_code: as in `from_pretrained`.
+        model_kwargs: `attn_implementation` and fields of the model's config, as in `from_pretrained`.
+
+    Returns:
+        A `PeftModel`, or without an adapter the transformers model, in eval mode, ready for a stock trainer.
+        `.load_report` says how many bytes are quantised, sharded and neither.
+
+    Raises:
+        ConfigError: a setting or a checkpoint that cannot be honoured; nothing has been read yet. On every rank.
+        OSError: files that cannot be found or read. Ranks that had no such error raise RuntimeError quoting it.
+    """
+    started = time.perf_counter()
+    name = os.fspath(model_name_or_path)
+    dtype = _as_dtype(dtype)
+    engine = resolve_engine(fsdp)
+    device = PartialState().device
+    hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir,
+                  "local_files_only": local_files_only, "subfolder": subfolder}  # fmt: skip
+
+    with same_outcome("preparing the model"):
+        placement = _check_offload(resolve_offload(offload), engine)
+        storage_dtype = resolve_storage_dtype(quantization_config, engine)
+        model = build_skeleton(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, hub_kwargs=hub_kwargs, model_kwargs=model_kwargs
+        )
+    stored = index_checkpoint(_download(name, hub_kwargs))
+    with same_outcome("matching the checkpoint to the model"):
+        matched, unused = match_checkpoint(model, stored)
+        layers = decoder_layers(model)
+        kept: list[str] = []
+        if quantization_config is not None:
+            kept = replace_linears(
+                model,
+                backend_for_config(quantization_config, dtype),
+                skip_modules=quantization_config.llm_int8_skip_modules,
+                storage_dtype=storage_dtype,
+            )
+        weights = [PlannedWeight(*_owner(model, key), tensor) for key, tensor in matched.items()]
+        root: PeftModel | PreTrainedModel = model
+        if adapter_name_or_path is not None:
+            config = read_adapter_config(
+                adapter_name_or_path, model, peft_config=peft_config, is_trainable=is_trainable
+            )
+            root = add_adapter(model, config, adapter_dtype=adapter_dtype)
+        elif peft_config is not None:
+            check_peft_config(peft_config, model)
+            root = add_adapter(model, peft_config, adapter_dtype=adapter_dtype)
+    if unused:
+        logger.warning("The model has no use for %d tensors of the checkpoint: %s", len(unused), ", ".join(unused))
+
+    if engine == "fsdp2":
+        mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("fsdp",))
+        apply_fsdp2(
+            root, layers, mesh=mesh, dtype=dtype, offload=placement, reshard_after_forward=reshard_after_forward()
+        )
+    host = torch.device("cpu")
+    materialize(
+        root,
+        host if placement == "all" else device,
+        rows_device=None if placement == "none" else host,
+        buffers_device=device,
+    )
+    with torch.no_grad():
+        read_bytes = fill(weights, device=device)
+        if adapter_name_or_path is not None:
+            with same_outcome("loading the adapter"):
+                load_adapter_weights(root, adapter_name_or_path)  # type: ignore[arg-type]
+        elif peft_config is not None:
+            initialize_adapters(root, seed)  # type: ignore[arg-type]
+
+    _check_nothing_on_meta(root)
+    check_integrity(root, max_groups=CHECKED_GROUPS)
+    attach(root, engine=engine)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - started
+    root.load_report = make_report(root, unquantized=kept, read_bytes=read_bytes, seconds=seconds)
+    logger.info("%s: %s", name, root.load_report.summary())
+    return root
+
+
+def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ConfigError(f"dtype={dtype!r} is not one to load weights in; use bfloat16, float16 or float32.")
+    return resolved
+
+
+def _check_offload(offload: Offload, engine: Engine) -> Offload:
+    if offload != "none" and engine != "fsdp2":
+        raise ConfigError(
+            f"offload={offload!r} needs FSDP2, also on one GPU. Launch with accelerate_configs/fsdp2_offload.yaml."
+        )
+    return offload
+
+
+def _download(name: str, hub_kwargs: dict[str, Any]) -> list[Any]:
+    """The checkpoint's files; on each node one process downloads while the others wait."""
+    with same_outcome("finding the checkpoint"):
+        if PartialState().is_local_main_process:
+            find_checkpoint(name, **hub_kwargs)
+    with same_outcome("finding the checkpoint"):
+        return find_checkpoint(name, **hub_kwargs)
+
+
+def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
+    path, _, name = key.rpartition(".")
+    return model.get_submodule(path), name
+
+
+def _check_nothing_on_meta(model: nn.Module) -> None:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, tensor in named if tensor.is_meta]
+    if left:
+        raise RuntimeError(f"{len(left)} tensors have no values after loading, a bug of this package: {left[:5]}")

@@ -1,0 +1,246 @@
+"""What FSDP2 shards, in which groups and under which policies; the only module that knows `torch.distributed.fsdp`.
+
+Per decoder layer there are two groups. The quantised rows form one *without* a mixed-precision policy: a policy would
+cast the bytes as if they were numbers. Everything else of the layer (adapters, norms, biases) forms the other, under
+the policy, so that fp32 adapters compute in bf16 and their gradients are reduced in fp32. Rows are float32 views on
+every torch version: FSDP2 copies a group of one dtype with `torch._foreach_copy_`, which rewrites NaN bit patterns of
+bf16 and fp16 on CUDA (https://github.com/pytorch/pytorch/issues/159333) and leaves those of float32 alone.
+
+Final norm, tied embedding and head are one group that stays gathered: TRL's fused head reads `lm_head.weight` outside
+the head's forward, when a group of its own would be sharded.
+
+Left out: tensor and pipeline parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from hf_fsdp_qlora.linear import QuantizedLinear
+
+Offload = Literal["none", "base", "all"]
+"""What lives in pinned host memory: nothing, the quantised rows, or every parameter."""
+
+
+def apply_fsdp2(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    *,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    offload: Offload = "none",
+    reshard_after_forward: bool = True,
+) -> None:
+    """Shard a model that is still on the meta device, in place.
+
+    Args:
+        model: the root; with adapters, the PeftModel (accelerate would shard anything else again).
+        layers: the decoder layers.
+        mesh: one dimension, over the ranks.
+        dtype: compute dtype; float32 means no mixed precision. Gradients are reduced in float32 in any case.
+        reshard_after_forward: free gathered layers after forward and gather them again for backward.
+    """
+    mixed = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        # Inputs are in `dtype` already; casting them too would round float32 rotary embeddings (OLMo 2 passes them).
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": mixed,
+        "offload_policy": _policy(offload == "all"),
+        "shard_placement_fn": _placement_for(mesh.size()),
+    }
+    for layer in layers:
+        rows = [module for module in layer.modules() if isinstance(module, QuantizedLinear)]
+        if rows:
+            fully_shard(
+                rows,
+                mesh=mesh,
+                offload_policy=_policy(offload != "none"),
+                reshard_after_forward=reshard_after_forward,
+            )
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **common)
+    embedding, tail = _outside_layers(model, layers)
+    fully_shard(tail, reshard_after_forward=False, **common)
+    if embedding is not None:
+        fully_shard(embedding, **common)
+    fully_shard(model, **common)
+
+
+def materialize(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    rows_device: torch.device | None = None,
+    buffers_device: torch.device | None = None,
+) -> None:
+    """Allocate, uninitialised, whatever is on the meta device; buffers that are real already keep their values.
+
+    Under FSDP2 these are the local shards. Tied parameters stay tied.
+
+    Args:
+        device: for parameters and buffers.
+        rows_device: for quantised rows, if they live elsewhere.
+        buffers_device: for buffers, if they live elsewhere.
+    """
+    buffers = {id(buffer) for buffer in model.buffers()}
+    rows = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, QuantizedLinear)
+        for parameter in (module.weight, module.weight_stats)
+    }
+    done: dict[int, Tensor] = {}
+
+    def allocate(tensor: Tensor) -> Tensor:
+        if id(tensor) not in done:
+            target = device
+            if id(tensor) in rows:
+                target = rows_device or device
+            elif id(tensor) in buffers:
+                target = buffers_device or device
+            done[id(tensor)] = torch.empty_like(tensor, device=target) if tensor.is_meta else tensor.to(target)
+        return done[id(tensor)]
+
+    keep_alive = [*model.parameters(), *model.buffers()]  # ids must not be reused while they are keys
+    ties = _tied_names(model)
+    model._apply(allocate)
+    if not isinstance(model, FSDPModule):  # FSDP2 ties shared parameters of a group again by itself
+        for (module, name), others in ties:
+            for other, other_name in others:
+                setattr(other, other_name, getattr(module, name))
+    del keep_alive
+
+
+def local_range(parameter: Tensor) -> tuple[int, int]:
+    """First and past-the-last index of dim 0 that this rank holds; all of it when the parameter is not sharded."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0]
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    if shape[1:] != parameter.shape[1:]:
+        raise ValueError(f"the parameter is sharded over {parameter.placements}, not over dim 0")
+    return offset[0], offset[0] + shape[0]
+
+
+def local_tensor(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter, sharing its memory."""
+    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def write_full_tensor(parameter: Tensor, full: Tensor) -> None:
+    """Copy a full tensor into a parameter, each rank its own part. No communication.
+
+    Args:
+        parameter: a DTensor or a plain parameter, on any device.
+        full: the same shape, on any device; equal on every rank.
+    """
+    if isinstance(parameter, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        full = full[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+    local_tensor(parameter).copy_(full)
+
+
+def gathered_rows(model: nn.Module) -> Iterator[list[QuantizedLinear]]:
+    """Walk over the quantised layers while their rows are whole: group by group, gathered as training gathers them.
+
+    Collective under FSDP2. A group is sharded again when the walk goes on.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    if not isinstance(model, FSDPModule):
+        yield layers
+        return
+    # Streams and groups are set up by the root's first forward; the walk may come before it.
+    model._get_fsdp_state()._lazy_init()
+    groups: dict[int, list[QuantizedLinear]] = {}
+    for layer in layers:
+        groups.setdefault(id(layer._get_fsdp_state()), []).append(layer)  # type: ignore[operator]
+    for group in groups.values():
+        first: Any = group[0]
+        first.unshard()
+        yield group
+        first.reshard()
+
+
+def allow_forward_method(model: nn.Module, name: str) -> None:
+    """Let a method such as `generate` run on a sharded model before its first forward."""
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, name)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model."""
+    return isinstance(model, FSDPModule)
+
+
+def _policy(offload: bool) -> OffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+
+
+def _placement_for(num_shards: int) -> Any:
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        """Shard(1) for a trainable matrix with too few rows for every rank, such as LoRA A of a small rank.
+
+        accelerate tells optimizer parameters apart by the address of their shard, and empty shards have none.
+        """
+        if not parameter.requires_grad or parameter.dim() != 2:
+            return None
+        rows, columns = parameter.shape
+        some_rank_is_empty = -(-rows // num_shards) * (num_shards - 1) >= rows
+        return Shard(1) if some_rank_is_empty and columns % num_shards == 0 else None
+
+    return placement
+
+
+def _outside_layers(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[nn.Module | None, list[nn.Module]]:
+    """The input embedding, if it shares nothing with the rest, and the other modules outside the decoder layers."""
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    outside: list[nn.Module] = []
+
+    def collect(module: nn.Module) -> None:
+        for child in module.children():
+            if id(child) in inside:
+                continue
+            if any(id(part) in inside for part in child.modules()):
+                collect(child)
+            elif any(True for _ in child.parameters()):
+                outside.append(child)
+
+    collect(model)
+    embedding = next((module for module in outside if _holds(module, model.get_input_embeddings())), None)  # type: ignore[operator]
+    if embedding is None:
+        return None, outside
+    others = [module for module in outside if module is not embedding]
+    shared = {id(p) for p in embedding.parameters()} & {id(p) for module in others for p in module.parameters()}
+    return (None, outside) if shared or not others else (embedding, others)
+
+
+def _holds(module: nn.Module, part: nn.Module) -> bool:
+    return any(candidate is part for candidate in module.modules())
+
+
+def _tied_names(model: nn.Module) -> list[tuple[tuple[nn.Module, str], list[tuple[nn.Module, str]]]]:
+    """For every parameter with more than one name: its first (module, name), and the others."""
+    names: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            names.setdefault(id(parameter), []).append((module, name))
+    return [(places[0], places[1:]) for places in names.values() if len(places) > 1]

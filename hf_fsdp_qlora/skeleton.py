@@ -1,0 +1,189 @@
+"""The model without its weights: built on the meta device, its linear layers replaced by `QuantizedLinear`.
+
+Buffers that no checkpoint holds (rotary frequencies, embedding scales) are real from the start. What the package
+cannot load yet is refused here, by name, before a byte of the checkpoint is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.linear import QuantizedLinear
+from hf_fsdp_qlora.quantization import QuantizationBackend
+
+logger = logging.getLogger(__name__)
+
+
+def build_skeleton(
+    model_name_or_path: str,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    hub_kwargs: dict[str, Any],
+    model_kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """The causal language model that a config describes, parameters on meta, in eval mode as `from_pretrained`.
+
+    Args:
+        dtype: of all parameters.
+        hub_kwargs: `revision`, `token`, `cache_dir`, ...
+        model_kwargs: `attn_implementation` and config fields, as `from_pretrained` takes them.
+
+    Raises:
+        ConfigError: the model is of a kind that cannot be loaded.
+    """
+    attention = {key: model_kwargs.pop(key) for key in ("attn_implementation",) if key in model_kwargs}
+    config, unused = AutoConfig.from_pretrained(
+        model_name_or_path,
+        trust_remote_code=trust_remote_code,
+        return_unused_kwargs=True,
+        **hub_kwargs,
+        **model_kwargs,
+    )
+    unused = {key: value for key, value in unused.items() if key not in hub_kwargs}
+    if unused:
+        raise ConfigError(
+            f"load_model() got arguments that are neither its own nor fields of {type(config).__name__}: "
+            f"{', '.join(sorted(unused))}."
+        )
+    _refuse_unsupported_config(config)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **attention)
+    model.tie_weights()
+    _refuse_float32_modules(model, dtype)
+    if model.can_generate():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(model_name_or_path, **hub_kwargs)
+        except OSError:
+            logger.debug("no generation config in %s; using the one made from its config", model_name_or_path)
+    return model.eval()
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that transformers says must not be split: one FSDP unit each.
+
+    Raises:
+        ConfigError: the model names no such class.
+    """
+    classes = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in classes]
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__} names no decoder layer class (_no_split_modules), so it is not known what to "
+            "shard together. Models with custom code must set it."
+        )
+    return layers
+
+
+def replace_linears(
+    model: PreTrainedModel,
+    backend: QuantizationBackend,
+    *,
+    skip_modules: list[str] | None,
+    storage_dtype: torch.dtype,
+) -> list[str]:
+    """Put a `QuantizedLinear` in the place of every linear layer that stock transformers would quantise.
+
+    Args:
+        skip_modules: `llm_int8_skip_modules`; None means transformers' default (the head and tied weights).
+
+    Returns:
+        Names of the linear layers left as they were, for the report.
+
+    Raises:
+        ConfigError: a decoder layer has weights that would silently stay unquantised, or nothing is quantised.
+    """
+    skip = HfQuantizer.get_modules_to_not_convert(model, skip_modules, model._keep_in_fp32_modules)
+    head = model.get_output_embeddings()
+    kept: list[str] = []
+    replaced = 0
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear:
+            continue
+        if module is head or not should_convert_module(name, skip):
+            kept.append(name)
+            continue
+        model.set_submodule(
+            name,
+            QuantizedLinear(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                backend=backend,
+                storage_dtype=storage_dtype,
+            ),
+        )
+        replaced += 1
+    _refuse_unquantized_weights(model, kept)
+    if not replaced:
+        raise ConfigError(
+            f"quantization_config quantises nothing in {type(model).__name__}: every linear layer matches "
+            f"llm_int8_skip_modules={skip_modules}. Remove entries, or pass quantization_config=None."
+        )
+    return kept
+
+
+def _refuse_unsupported_config(config: PretrainedConfig) -> None:
+    name = type(config).__name__
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            "The checkpoint is quantised already; only 16- and 32-bit checkpoints can be streamed into rows. "
+            "Load the original model that it was made from."
+        )
+    if config.is_encoder_decoder:
+        raise ConfigError(f"{name} is an encoder-decoder model; only decoder-only language models can be loaded.")
+    if config.sub_configs and config.get_text_config() is not config:
+        raise ConfigError(
+            f"{name} is a multimodal model; only text models can be loaded. Save its language model as a checkpoint "
+            "of its own (model.language_model.save_pretrained) and load that."
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        raise ConfigError(f"transformers has no causal language model for {name}.")
+
+
+def _refuse_float32_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    wanted = sorted({*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())})
+    if wanted and dtype != torch.float32:
+        raise ConfigError(
+            f"{type(model).__name__} keeps {', '.join(wanted)} in float32, which a {dtype} run would round. "
+            "Pass dtype=torch.float32."
+        )
+
+
+def _refuse_unquantized_weights(model: PreTrainedModel, kept: list[str]) -> None:
+    kept_modules = {id(model.get_submodule(name)) for name in kept}
+    for layer in decoder_layers(model):
+        for name, module in layer.named_modules():
+            if isinstance(module, QuantizedLinear) or id(module) in kept_modules:
+                continue
+            kind = type(module).__name__
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, Conv1D):
+                    raise ConfigError(
+                        f"{type(layer).__name__}.{name} is a transformers Conv1D (GPT-2 family), whose weight is "
+                        "transposed; it would stay unquantised. Use a model with nn.Linear layers."
+                    )
+                if parameter.dim() >= 3:
+                    raise ConfigError(
+                        f"{type(layer).__name__}.{name}.{parameter_name} of shape {tuple(parameter.shape)} holds fused "
+                        f"experts ({kind}), which would stay unquantised. Mixture-of-experts models are not supported."
+                    )
+                if parameter.dim() == 2:
+                    raise ConfigError(
+                        f"{type(layer).__name__}.{name} ({kind}) has a weight that would stay unquantised: only "
+                        f"nn.Linear itself is replaced. Add {name.split('.')[-1]!r} to llm_int8_skip_modules to keep "
+                        "it in 16 bit knowingly."
+                    )

@@ -1,0 +1,213 @@
+"""From checkpoint tensors to local shards: which tensor goes where, and the stream that fills them.
+
+Every rank walks the same list in the same order and reads only its own part of each tensor, so a node reads the
+checkpoint once. Quantised weights are cut by rows, everything else by dim 0 as FSDP2 cuts it. With replicated rows
+(DDP) each rank quantises its part and the parts are gathered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils.logging import tqdm
+
+from hf_fsdp_qlora.checkpoint import StoredTensor, TensorSlice, stream_slices
+from hf_fsdp_qlora.distributed import rank, same_outcome, world_size
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.formats import shard_range
+from hf_fsdp_qlora.integrity import fingerprint
+from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
+from hf_fsdp_qlora.sharding import local_range, local_tensor
+
+OLD_ROTARY_KEYS = r"rotary_emb\.inv_freq"
+"""Checkpoints from before transformers 4.32 hold these; they are computed from the config now."""
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One tensor of the checkpoint and the parameter or persistent buffer it fills.
+
+    Args:
+        module: the owner.
+        name: the owner's name for it ("weight").
+        stored: where the values lie.
+    """
+
+    module: nn.Module
+    name: str
+    stored: StoredTensor
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the values become rows."""
+        return isinstance(self.module, QuantizedLinear) and self.name == "weight"
+
+    @property
+    def target(self) -> Tensor:
+        """The parameter or buffer as it is now; FSDP2 replaces parameters when it shards."""
+        return getattr(self.module, self.name)
+
+
+def match_checkpoint(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list]:
+    """Find the model's name for every tensor of the checkpoint, renaming as transformers does.
+
+    Args:
+        model: as transformers builds it, before any layer is replaced.
+        tensors: the checkpoint.
+
+    Returns:
+        The stored tensor of every parameter and persistent buffer (one name of each group of tied ones), and the
+        sorted names of tensors that the model has no use for.
+
+    Raises:
+        ConfigError: a weight is missing, has another shape, or would have to be merged or split while loading.
+    """
+    wanted = model.state_dict(keep_vars=True)
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    found: dict[str, StoredTensor] = {}
+    unused: list[str] = []
+    for source, stored in tensors.items():
+        name, converter = rename_source_key(source, renamings, converters, model.base_model_prefix, wanted)
+        if name not in wanted and source in wanted:
+            name = source
+        elif converter is not None:
+            raise ConfigError(
+                f"{source} is merged or split while loading ({converter} in transformers' conversion mapping), which "
+                "cannot be streamed. Save the model once with transformers' save_pretrained(save_original_format="
+                "False) if that stores plain tensors; mixture-of-experts models are not supported."
+            )
+        if name in wanted:
+            found[name] = stored
+        else:
+            unused.append(source)
+    wrong = [f"{n}: {found[n].shape} in the checkpoint, {tuple(wanted[n].shape)} in the model" for n in found
+             if found[n].shape != tuple(wanted[n].shape)]  # fmt: skip
+    if wrong:
+        raise ConfigError("The checkpoint does not fit its config: " + "; ".join(wrong))
+    return _one_name_each(wanted, found), sorted(_drop_expected(model, unused))
+
+
+def fill(weights: Sequence[PlannedWeight], *, device: torch.device) -> int:
+    """Read, quantise and store this rank's part of every weight, and fingerprint the rows.
+
+    Collective; every rank passes the same list. A rank that cannot read goes on with zeros, so that no collective
+    is missing, and the error is raised on every rank at the end.
+
+    Args:
+        device: where values are cast and quantised.
+
+    Returns:
+        Bytes that this rank read.
+
+    Raises:
+        OSError: on the ranks that could not read; RuntimeError on the others.
+    """
+    weights = sorted(weights, key=lambda weight: (str(weight.stored.path), weight.stored.offset))
+    slices = [TensorSlice(weight.stored, *_elements(weight)) for weight in weights]
+    errors: list[OSError] = []
+    total = sum(piece.num_bytes for piece in slices)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=rank() != 0) as progress:
+        for weight, piece, values in zip(weights, slices, _read_on(slices, device, errors), strict=True):
+            if weight.is_quantized:
+                _store_rows(weight.module, values, weight.stored.numel)  # type: ignore[arg-type]
+            else:
+                local = local_tensor(weight.target)
+                local.copy_(values.view(local.shape))
+            progress.update(piece.num_bytes)
+    with same_outcome("reading the checkpoint"):
+        if errors:
+            raise errors[0]
+    return total
+
+
+def _elements(weight: PlannedWeight) -> tuple[int, int]:
+    """The run of the flattened tensor that this rank reads."""
+    numel = weight.stored.numel
+    if isinstance(weight.module, QuantizedLinear) and weight.is_quantized:
+        first, last = _rows_to_make(weight.module)
+        row_size = weight.module.backend.format.row_size
+        return min(first * row_size, numel), min(last * row_size, numel)
+    first, last = local_range(weight.target) if weight.target.dim() else (0, 1)
+    length = weight.target.shape[0] if weight.target.dim() else 1
+    per_index = numel // length if length else 0
+    return first * per_index, last * per_index
+
+
+def _rows_to_make(layer: QuantizedLinear) -> tuple[int, int]:
+    """The rows this rank quantises: its own, or an equal part of replicated ones."""
+    if isinstance(layer.weight, DTensor):
+        return local_range(layer.weight)
+    return shard_range(layer.num_rows, rank(), world_size())
+
+
+def _store_rows(layer: QuantizedLinear, values: Tensor, numel: int) -> None:
+    def gather_rows(part: Tensor) -> Tensor:
+        return _gather_rows(part, layer.num_rows)
+
+    codes, stats = layer.backend.quantize(values.to(layer.dtype), numel, gather_rows)
+    layer.row_fingerprints = gather_rows(fingerprint(codes, stats).to(codes.device)[:, None])[:, 0].cpu()
+    if not isinstance(layer.weight, DTensor):
+        codes, stats = gather_rows(codes), gather_rows(stats)
+    as_bytes(local_tensor(layer.weight)).copy_(codes)
+    as_bytes(local_tensor(layer.weight_stats)).copy_(stats)
+
+
+def _gather_rows(part: Tensor, num_rows: int) -> Tensor:
+    """(local_rows, k) of every rank -> (num_rows, k). Every rank but the last owns ceil(num_rows / ranks) rows."""
+    if world_size() == 1:
+        return part
+    chunk = -(-num_rows // world_size())
+    padded = pad(part, (0, 0, 0, chunk - len(part))).contiguous()
+    whole = padded.new_empty(world_size(), chunk, part.shape[1])
+    dist.all_gather(list(whole.unbind()), padded)
+    return whole.flatten(0, 1)[:num_rows]
+
+
+def _read_on(slices: list[TensorSlice], device: torch.device, errors: list[OSError]) -> Iterator[Tensor]:
+    stream = stream_slices(slices, device)
+    for piece in slices:
+        if not errors:
+            try:
+                yield next(stream)
+                continue
+            except OSError as error:
+                errors.append(error)
+        yield torch.zeros(piece.stop - piece.start, dtype=piece.tensor.dtype, device=device)
+
+
+def _one_name_each(wanted: dict[str, Tensor], found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Keep one name of each tied group and make sure that every group has one."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in wanted.items():
+        groups.setdefault(id(tensor), []).append(name)
+    chosen: dict[str, StoredTensor] = {}
+    missing: list[str] = []
+    for names in groups.values():
+        present = [name for name in names if name in found]
+        if present:
+            chosen[present[0]] = found[present[0]]
+        else:
+            missing.extend(names)
+    if missing:
+        raise ConfigError(
+            f"The checkpoint lacks {len(missing)} weights of the model: {', '.join(sorted(missing)[:8])}"
+            f"{', ...' if len(missing) > 8 else ''}. It is not a whole checkpoint of this architecture."
+        )
+    return chosen
+
+
+def _drop_expected(model: PreTrainedModel, unused: list[str]) -> list[str]:
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), OLD_ROTARY_KEYS]
+    return [name for name in unused if not any(re.search(pattern, name) for pattern in patterns)]
