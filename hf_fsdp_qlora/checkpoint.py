@@ -177,6 +177,16 @@ def stream_slices(slices: Sequence[TensorSlice], device: torch.device) -> Iterat
         reader.close()
 
 
+class _Staging(threading.local):
+    """One thread's pinned buffer and stream, made when it first reads for a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            self.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+            self.stream = torch.cuda.Stream(device)
+
+
 class _Reader:
     """Threads that fill tensors from files."""
 
@@ -184,7 +194,7 @@ class _Reader:
         self.device = device
         self.pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="checkpoint-reader")
         self.files: dict[Path, int] = {}
-        self.thread = threading.local()
+        self.staging = _Staging(device)
 
     def start(self, piece_of: TensorSlice) -> tuple[Tensor, list[Future[None]]]:
         """Begin to read a slice; the tensor is complete once every future is done."""
@@ -216,21 +226,18 @@ class _Reader:
         if allocated is None:
             _read_exactly(file, offset, target)
             return
-        if not hasattr(self.thread, "staging"):
-            torch.cuda.set_device(self.device)
-            self.thread.staging = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
-            self.thread.stream = torch.cuda.Stream(self.device)
-        staged = self.thread.staging[: target.numel()]
+        staging = self.staging
+        staged = staging.buffer[: target.numel()]
         _read_exactly(file, offset, staged)
-        with torch.cuda.stream(self.thread.stream):
+        with torch.cuda.stream(staging.stream):
             allocated.wait()
             target.copy_(staged, non_blocking=True)
-        self.thread.stream.synchronize()
+        staging.stream.synchronize()
 
 
 def _read_exactly(file: int, offset: int, target: Tensor) -> None:
     """Fill a contiguous uint8 CPU tensor from a file position."""
-    memory = memoryview(target.numpy())
+    memory = memoryview(target.numpy().data)
     done = 0
     while done < len(memory):
         got = os.preadv(file, [memory[done:]], offset + done)

@@ -79,8 +79,8 @@ def resolve_storage_dtype(quantization_config: Any, engine: Engine) -> torch.dty
         return wanted
     if wanted not in (torch.uint8, torch.float32):
         raise ConfigError(
-            f"bnb_4bit_quant_storage={wanted} would be corrupted by FSDP2 on CUDA (NaN bit patterns are rewritten when "
-            "shards are copied). Leave bnb_4bit_quant_storage at its default."
+            f"bnb_4bit_quant_storage={wanted} would be corrupted by FSDP2 on CUDA (NaN bit patterns are rewritten "
+            "when shards are copied). Leave bnb_4bit_quant_storage at its default."
         )
     return torch.float32
 

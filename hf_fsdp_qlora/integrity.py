@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fsdp_qlora.distributed import same_outcome
-from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
+from hf_fsdp_qlora.linear import as_bytes
 from hf_fsdp_qlora.sharding import gathered_rows
 
 ROWS_AT_ONCE = 2048

@@ -127,7 +127,10 @@ def quantized_linear(
     """
     dense = _dequantize(weight, weight_stats, spec, out_features, in_features).to(input.dtype)
     with torch.autocast(input.device.type, enabled=False):
-        return nn.functional.linear(input, dense, None if bias is None else bias.to(input.dtype))
+        output = nn.functional.linear(input, dense, None if bias is None else bias.to(input.dtype))
+    # With a bias this is a view of a 2-D result, and FSDP2 warns about views: an in-place op on one would drop its
+    # backward hook. `_unsafe_view` is the same memory as a tensor of its own.
+    return torch.ops.aten._unsafe_view(output, output.shape)
 
 
 @quantized_linear.register_fake

@@ -15,11 +15,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
@@ -108,6 +108,7 @@ def load_model(
     device = PartialState().device
     hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir,
                   "local_files_only": local_files_only, "subfolder": subfolder}  # fmt: skip
+    adapter_kwargs = {key: hub_kwargs[key] for key in ("token", "cache_dir", "local_files_only")}
 
     with same_outcome("preparing the model"):
         placement = _check_offload(resolve_offload(offload), engine)
@@ -115,9 +116,7 @@ def load_model(
         model = build_skeleton(
             name, dtype=dtype, trust_remote_code=trust_remote_code, hub_kwargs=hub_kwargs, model_kwargs=model_kwargs
         )
-    stored = index_checkpoint(_download(name, hub_kwargs))
-    with same_outcome("matching the checkpoint to the model"):
-        matched, unused = match_checkpoint(model, stored)
+        wanted = model.state_dict(keep_vars=True)
         layers = decoder_layers(model)
         kept: list[str] = []
         if quantization_config is not None:
@@ -127,16 +126,19 @@ def load_model(
                 skip_modules=quantization_config.llm_int8_skip_modules,
                 storage_dtype=storage_dtype,
             )
+    files = _download(name, hub_kwargs)
+    with same_outcome("matching the checkpoint to the model"):
+        matched, unused = match_checkpoint(model, wanted, index_checkpoint(files))
         weights = [PlannedWeight(*_owner(model, key), tensor) for key, tensor in matched.items()]
         root: PeftModel | PreTrainedModel = model
         if adapter_name_or_path is not None:
             config = read_adapter_config(
-                adapter_name_or_path, model, peft_config=peft_config, is_trainable=is_trainable
+                adapter_name_or_path, model, peft_config=peft_config, is_trainable=is_trainable, **adapter_kwargs
             )
             root = add_adapter(model, config, adapter_dtype=adapter_dtype)
         elif peft_config is not None:
             check_peft_config(peft_config, model)
-            root = add_adapter(model, peft_config, adapter_dtype=adapter_dtype)
+            root = add_adapter(model, cast(LoraConfig, peft_config), adapter_dtype=adapter_dtype)
     if unused:
         logger.warning("The model has no use for %d tensors of the checkpoint: %s", len(unused), ", ".join(unused))
 
@@ -156,7 +158,7 @@ def load_model(
         read_bytes = fill(weights, device=device)
         if adapter_name_or_path is not None:
             with same_outcome("loading the adapter"):
-                load_adapter_weights(root, adapter_name_or_path)  # type: ignore[arg-type]
+                load_adapter_weights(root, adapter_name_or_path, **adapter_kwargs)  # type: ignore[arg-type]
         elif peft_config is not None:
             initialize_adapters(root, seed)  # type: ignore[arg-type]
 
@@ -164,8 +166,9 @@ def load_model(
     check_integrity(root, max_groups=CHECKED_GROUPS)
     attach(root, engine=engine)  # type: ignore[arg-type]
     seconds = time.perf_counter() - started
-    root.load_report = make_report(root, unquantized=kept, read_bytes=read_bytes, seconds=seconds)
-    logger.info("%s: %s", name, root.load_report.summary())
+    report = make_report(root, unquantized=kept, read_bytes=read_bytes, seconds=seconds)
+    root.load_report = report  # type: ignore[assignment]  # nn.Module is typed as holding tensors and modules only
+    logger.info("%s: %s", name, report.summary())
     return root
 
 

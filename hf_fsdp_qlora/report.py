@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.sharding import local_tensor
 
+
 @dataclass(frozen=True)
 class LoadReport:
     """What `load_model` did, as seen by this rank. It is `model.load_report`.
@@ -47,8 +48,8 @@ class LoadReport:
         return (
             f"{self.quantized_layers} linear layers quantised: {_size(self.quantized_bytes)}; frozen in full "
             f"precision: {_size(self.frozen_bytes)}; trainable: {_size(self.trainable_bytes)}. Linear layers left "
-            f"unquantised: {kept}. {_size(self.sharded_bytes)} of {_size(self.total_bytes)} are sharded; this rank holds "
-            f"{_size(self.local_bytes)} and read {_size(self.read_bytes)} in {self.seconds:.1f} s."
+            f"unquantised: {kept}. {_size(self.sharded_bytes)} of {_size(self.total_bytes)} are sharded; this rank "
+            f"holds {_size(self.local_bytes)} and read {_size(self.read_bytes)} in {self.seconds:.1f} s."
         )
 
 

@@ -66,7 +66,7 @@ def apply_fsdp2(
         "shard_placement_fn": _placement_for(mesh.size()),
     }
     for layer in layers:
-        rows = [module for module in layer.modules() if isinstance(module, QuantizedLinear)]
+        rows: list[nn.Module] = [module for module in layer.modules() if isinstance(module, QuantizedLinear)]
         if rows:
             fully_shard(
                 rows,
@@ -141,7 +141,7 @@ def local_range(parameter: Tensor) -> tuple[int, int]:
 
 def local_tensor(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter, sharing its memory."""
-    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def write_full_tensor(parameter: Tensor, full: Tensor) -> None:
@@ -176,8 +176,10 @@ def gathered_rows(model: nn.Module) -> Iterator[list[QuantizedLinear]]:
     for group in groups.values():
         first: Any = group[0]
         first.unshard()
-        yield group
-        first.reshard()
+        try:
+            yield group
+        finally:  # also when the walk is left early
+            first.reshard()
 
 
 def allow_forward_method(model: nn.Module, name: str) -> None:

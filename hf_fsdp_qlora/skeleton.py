@@ -104,7 +104,7 @@ def replace_linears(
     Raises:
         ConfigError: a decoder layer has weights that would silently stay unquantised, or nothing is quantised.
     """
-    skip = HfQuantizer.get_modules_to_not_convert(model, skip_modules, model._keep_in_fp32_modules)
+    skip = HfQuantizer.get_modules_to_not_convert(model, skip_modules, sorted(model._keep_in_fp32_modules or ()))
     head = model.get_output_embeddings()
     kept: list[str] = []
     replaced = 0
@@ -125,7 +125,7 @@ def replace_linears(
             ),
         )
         replaced += 1
-    _refuse_unquantized_weights(model, kept)
+    _refuse_unquantized_weights(model, skip)
     if not replaced:
         raise ConfigError(
             f"quantization_config quantises nothing in {type(model).__name__}: every linear layer matches "
@@ -163,27 +163,29 @@ def _refuse_float32_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
         )
 
 
-def _refuse_unquantized_weights(model: PreTrainedModel, kept: list[str]) -> None:
-    kept_modules = {id(model.get_submodule(name)) for name in kept}
-    for layer in decoder_layers(model):
-        for name, module in layer.named_modules():
-            if isinstance(module, QuantizedLinear) or id(module) in kept_modules:
-                continue
-            kind = type(module).__name__
-            for parameter_name, parameter in module.named_parameters(recurse=False):
-                if isinstance(module, Conv1D):
-                    raise ConfigError(
-                        f"{type(layer).__name__}.{name} is a transformers Conv1D (GPT-2 family), whose weight is "
-                        "transposed; it would stay unquantised. Use a model with nn.Linear layers."
-                    )
-                if parameter.dim() >= 3:
-                    raise ConfigError(
-                        f"{type(layer).__name__}.{name}.{parameter_name} of shape {tuple(parameter.shape)} holds fused "
-                        f"experts ({kind}), which would stay unquantised. Mixture-of-experts models are not supported."
-                    )
-                if parameter.dim() == 2:
-                    raise ConfigError(
-                        f"{type(layer).__name__}.{name} ({kind}) has a weight that would stay unquantised: only "
-                        f"nn.Linear itself is replaced. Add {name.split('.')[-1]!r} to llm_int8_skip_modules to keep "
-                        "it in 16 bit knowingly."
-                    )
+def _refuse_unquantized_weights(model: PreTrainedModel, skip: list[str]) -> None:
+    """Only `nn.Linear` itself is replaced; any other matrix of a decoder layer must be skipped knowingly."""
+    inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
+    left = [
+        (f"{name}.{key}", module, parameter)
+        for name, module in model.named_modules()
+        if id(module) in inside and not isinstance(module, QuantizedLinear) and should_convert_module(name, skip)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+    ]
+    for name, module, parameter in sorted(left, key=lambda entry: -entry[2].dim()):
+        kind = type(module).__name__
+        if parameter.dim() >= 3:
+            raise ConfigError(
+                f"{name} of shape {tuple(parameter.shape)} ({kind}) holds fused experts, which would stay "
+                "unquantised. Mixture-of-experts models are not supported; use a dense model."
+            )
+        if isinstance(module, Conv1D):
+            raise ConfigError(
+                f"{name} belongs to a transformers Conv1D (GPT-2 family), whose weight is transposed; it would stay "
+                "unquantised. Use a model with nn.Linear layers."
+            )
+        raise ConfigError(
+            f"{name} ({kind}) would stay unquantised: only nn.Linear itself is replaced. Add "
+            f"{name.split('.')[-2]!r} to llm_int8_skip_modules to keep it in 16 bit knowingly."
+        )

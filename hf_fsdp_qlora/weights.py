@@ -58,11 +58,14 @@ class PlannedWeight:
         return getattr(self.module, self.name)
 
 
-def match_checkpoint(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list]:
+def match_checkpoint(
+    model: PreTrainedModel, wanted: dict[str, Tensor], tensors: dict[str, StoredTensor]
+) -> tuple[dict[str, StoredTensor], list[str]]:
     """Find the model's name for every tensor of the checkpoint, renaming as transformers does.
 
     Args:
-        model: as transformers builds it, before any layer is replaced.
+        model: for its conversion mapping and prefix.
+        wanted: `model.state_dict(keep_vars=True)` as transformers built it, before any layer was replaced.
         tensors: the checkpoint.
 
     Returns:
@@ -72,7 +75,6 @@ def match_checkpoint(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -
     Raises:
         ConfigError: a weight is missing, has another shape, or would have to be merged or split while loading.
     """
-    wanted = model.state_dict(keep_vars=True)
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]

@@ -1,0 +1,153 @@
+"""QuantizedLinear and the bitsandbytes rows, against bitsandbytes on the whole tensor. Everything is bitwise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.formats import four_bit_rows, shard_range
+from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes, quantized_linear
+from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, backend_for_config
+from hf_fsdp_qlora.quantization.bitsandbytes import BLOCK_SIZES
+
+# Smaller than a row, ending inside a block, inside a row, odd numbers of elements, one row wide, several rows.
+SHAPES = [(96, 96), (1, 63), (300, 257), (513, 1000), (64, 1), (128, 384)]
+
+
+def make_linear(
+    weight: torch.Tensor, config: BitsAndBytesConfig, *, bias: bool = False, storage_dtype: torch.dtype = torch.uint8
+) -> QuantizedLinear:
+    backend = backend_for_config(config, weight.dtype)
+    codes, stats = backend.quantize(weight.flatten(), weight.numel(), lambda rows: rows)
+    layer = QuantizedLinear(weight.shape[1], weight.shape[0], bias=bias, backend=backend, storage_dtype=storage_dtype)
+    layer.weight = nn.Parameter(codes.view(storage_dtype), requires_grad=False)
+    layer.weight_stats = nn.Parameter(stats.view(storage_dtype), requires_grad=False)
+    if bias:
+        layer.bias = nn.Parameter(torch.randn(weight.shape[0]).to(weight.dtype))
+    return layer
+
+
+def bitsandbytes_weight(weight: torch.Tensor, quant_type: str, block_size: int, nested: bool) -> torch.Tensor:
+    codes, state = bnb.quantize_4bit(
+        weight, blocksize=block_size, quant_type=quant_type, compress_statistics=nested
+    )
+    return bnb.dequantize_4bit(codes, state).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", [64, 256, 4096])
+def test_linear_equals_bitsandbytes(quant_type: str, nested: bool, dtype: torch.dtype, block_size: int) -> None:
+    config = BlockwiseFourBitConfig(
+        block_size, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=nested
+    )
+    for shape in SHAPES:
+        weight = torch.randn(shape).to(dtype)
+        expected = bitsandbytes_weight(weight, quant_type, block_size, nested)
+        layer = make_linear(weight, config, bias=True)
+        assert torch.equal(layer.dequantize(), expected), shape
+
+        x = torch.randn(2, 3, shape[1], dtype=dtype)
+        ours, reference = x.clone().requires_grad_(), x.clone().requires_grad_()
+        bias = layer.bias.detach().clone().requires_grad_()
+        output, wanted = layer(ours), nn.functional.linear(reference, expected, bias)
+        gradient = torch.randn_like(output)
+        output.backward(gradient)
+        wanted.backward(gradient)
+        assert torch.equal(output, wanted) and torch.equal(ours.grad, reference.grad), shape
+        # Two ways to sum six values; the tolerance is their rounding.
+        torch.testing.assert_close(layer.bias.grad, bias.grad)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_block_size_of_bitsandbytes_is_a_format(block_size: int) -> None:
+    weight = torch.randn(100, 130)
+    config = BlockwiseFourBitConfig(block_size, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    expected = bitsandbytes_weight(weight, "nf4", block_size, True)
+    assert torch.equal(make_linear(weight, config).dequantize(), expected)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+def test_rows_made_by_parts_equal_rows_made_at_once(num_ranks: int) -> None:
+    """The gather is played by hand: absmax of every part first, then each part with the whole vector."""
+    weight = torch.randn(513, 700, dtype=torch.bfloat16)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    backend = backend_for_config(config, torch.bfloat16)
+    whole = backend.quantize(weight.flatten(), weight.numel(), lambda rows: rows)
+    row_size, num_rows = backend.format.row_size, backend.format.num_rows(weight.numel())
+    parts = []
+    for rank in range(num_ranks):
+        first, last = shard_range(num_rows, rank, num_ranks)
+        parts.append(weight.flatten()[first * row_size : last * row_size])
+    absmax: list[torch.Tensor] = []
+    for part in parts:
+        backend.quantize(part, weight.numel(), lambda rows: absmax.append(rows) or torch.ones(num_rows, 256))
+    made = [backend.quantize(part, weight.numel(), lambda rows: torch.cat(absmax)) for part in parts]
+    for index in range(2):
+        assert torch.equal(torch.cat([rows[index] for rows in made]), whole[index])
+
+
+@pytest.mark.parametrize("storage_dtype", [torch.uint8, torch.float32], ids=str)
+def test_casting_a_model_never_touches_the_rows(storage_dtype: torch.dtype) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    layer = make_linear(torch.randn(64, 64), config, bias=True, storage_dtype=storage_dtype)
+    codes, stats = as_bytes(layer.weight).clone(), as_bytes(layer.weight_stats).clone()
+    model = nn.Sequential(layer).half().double().to(torch.bfloat16)
+    assert torch.equal(as_bytes(layer.weight), codes) and torch.equal(as_bytes(layer.weight_stats), stats)
+    assert model[0].bias.dtype == torch.bfloat16
+
+
+def test_compute_dtype_default_is_the_model_dtype_and_autocast_wins() -> None:
+    layer = make_linear(torch.randn(32, 32, dtype=torch.bfloat16), BitsAndBytesConfig(load_in_4bit=True))
+    assert layer.compute_dtype == torch.bfloat16
+    x = torch.randn(4, 32)
+    dense = layer.dequantize()
+    assert torch.equal(layer(x), (x.bfloat16() @ dense.T).float())
+    wide = make_linear(torch.randn(32, 32), BitsAndBytesConfig(load_in_4bit=True))
+    assert wide.compute_dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(wide(x), (x.bfloat16() @ wide.dequantize().bfloat16().T).float())
+
+
+def test_backward_keeps_packed_rows_only() -> None:
+    layer = make_linear(torch.randn(256, 256), BitsAndBytesConfig(load_in_4bit=True))
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(torch.randn(2, 256, requires_grad=True))
+    rows = {layer.weight.data_ptr(), layer.weight_stats.data_ptr()}
+    assert saved and {tensor.data_ptr() for tensor in saved} <= rows
+
+
+def test_custom_op_compiles_without_a_graph_break_and_passes_opcheck() -> None:
+    layer = make_linear(torch.randn(48, 80), BitsAndBytesConfig(load_in_4bit=True), bias=True)
+    x = torch.randn(3, 80, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    args = (x, layer.weight, layer.weight_stats, layer.bias, layer.backend.spec, 48, 80)
+    torch.library.opcheck(quantized_linear, args)
+
+
+def test_format_arithmetic_of_nested_nf4() -> None:
+    rows = four_bit_rows(64, nested=True)
+    assert (rows.row_size, rows.code_bytes, rows.stats_bytes) == (16384, 8192, 264)
+    assert rows.num_rows(16385) == 2 and rows.num_bytes(1) == 8456
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BitsAndBytesConfig(load_in_8bit=True), "Set load_in_4bit=True"),
+        (BlockwiseFourBitConfig(100), "use one of"),
+        (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="int4"), "use 'nf4' or 'fp4'"),
+        (object(), "has no backend"),
+    ],
+)
+def test_config_without_a_row_format_is_refused(config: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        backend_for_config(config, torch.bfloat16)
