@@ -1,0 +1,78 @@
+"""Checkpoints of our models: a standard PEFT directory plus the optimizer, the same for every engine.
+
+Stock code writes the adapter up to twice (`adapter_model.safetensors`, `pytorch_model_fsdp*`), or under
+SHARDED_STATE_DICT only in a form that PEFT cannot read, and an engine cannot resume what another one saved. Here the
+PEFT directory is what weights are loaded from, and the optimizer is read by the file that is there:
+
+| saved by | file | keyed by |
+| --- | --- | --- |
+| FSDP, FULL_STATE_DICT | `optimizer.bin` | parameter name |
+| FSDP, SHARDED_STATE_DICT | `optimizer_0/` (torch.distributed.checkpoint) | parameter name |
+| one process, DDP | `optimizer.pt` | position |
+
+Source: https://github.com/huggingface/transformers/issues/30491 (SHARDED_STATE_DICT saves no model).
+Left out: rotary training without an adapter, which has its own files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from hf_fsdp_qlora.distributed import same_outcome
+
+_BY_NAME, _SHARDED, _BY_POSITION = "optimizer.bin", "optimizer_0", "optimizer.pt"
+
+
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether the checkpoint has an optimizer state (it has none after `save_only_model`)."""
+    return any((checkpoint / name).exists() for name in (_BY_NAME, _SHARDED, _BY_POSITION))
+
+
+def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Load the optimizer state that any engine saved, into the optimizer of this one.
+
+    Every rank reads the files and takes its part; a file is mapped into memory, so ranks of a node share it.
+
+    Raises:
+        ValueError: the checkpoint's optimizer has other parameters than this one.
+    """
+    template = get_optimizer_state_dict(model, optimizer)
+    if (checkpoint / _SHARDED).is_dir():
+        state = {"optimizer": template}
+        dcp.load(state, checkpoint_id=str(checkpoint / _SHARDED))
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        return
+    with same_outcome(f"reading the optimizer state from {checkpoint}"):
+        by_name = (checkpoint / _BY_NAME).is_file()
+        file = checkpoint / (_BY_NAME if by_name else _BY_POSITION)
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not by_name:
+            saved = _keyed_by_name(saved, template["param_groups"])
+    set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
+
+
+def _keyed_by_name(saved: dict[str, Any], groups: Any) -> dict[str, Any]:
+    """Replace positions by names: parameters come in the order of the groups, which no engine changes."""
+    names = [name for group in groups for name in group["params"]]
+    positions = [position for group in saved["param_groups"] for position in group["params"]]
+    if len(names) != len(positions):
+        raise ValueError(
+            f"The checkpoint's optimizer has {len(positions)} parameters, this run's has {len(names)}. Resume with "
+            "the peft_config and optimizer that the checkpoint was trained with."
+        )
+    name_of = dict(zip(positions, names, strict=True))
+    return {
+        "state": {name_of[position]: values for position, values in saved["state"].items()},
+        "param_groups": [
+            {**group, "params": [name_of[position] for position in group["params"]]} for group in saved["param_groups"]
+        ],
+    }

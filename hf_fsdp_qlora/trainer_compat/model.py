@@ -1,0 +1,129 @@
+"""What `attach` changes on the model itself. Nothing here touches other models.
+
+Attributes are set on the instance, so a class that other models share is never changed, except for the name of the
+classes that `fully_shard` generates.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from hf_fsdp_qlora.distributed import rank
+from hf_fsdp_qlora.engine import Engine
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.export import adapter_entries, gather_adapter, write_peft_directory
+from hf_fsdp_qlora.sharding import allow_forward_method, is_sharded
+
+_ATTRIBUTE = "hf_fsdp_qlora_attachment"
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """Marks a model as ours, and says who distributes it.
+
+    Attributes:
+        engine: see `attach`.
+    """
+
+    engine: Engine
+
+
+def attachment(model: Any) -> Attachment | None:
+    """What `attach` left on this model, None if it is not ours."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def prepare_model(model: PreTrainedModel | PeftModel, attached: Attachment) -> None:
+    """Set the marker and everything that follows from it on this one model."""
+    setattr(model, _ATTRIBUTE, attached)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    model.register_state_dict_post_hook(_leave_out_frozen)
+    base.resize_token_embeddings = functools.partial(_resize_token_embeddings, base)
+    if isinstance(model, PeftModel):
+        model.save_pretrained = functools.partial(_save_pretrained, model)  # type: ignore[method-assign]
+    if attached.engine == "fsdp2":
+        for module in filter(is_sharded, model.modules()):
+            _restore_class_name(type(module))
+        # transformers' generation asks this attribute whether ranks that are done must go on for the others:
+        # https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/generation/utils.py (synced_gpus)
+        base._is_fsdp_managed_module = True
+        # The Trainer registers it too, but only when training begins.
+        allow_forward_method(model, "generate")
+
+
+def _leave_out_frozen(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
+    """State-dict hook: an empty tensor for each frozen entry, so that no save gathers or writes the base.
+
+    The keys stay, because torch pops frozen entries by name (`ignore_frozen_params`):
+    https://github.com/pytorch/pytorch/blob/v2.11.0/torch/distributed/checkpoint/state_dict.py
+    Can go when `Accelerator.get_state_dict` and `Trainer._save` ask for an adapter's entries only.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    adapter: set[str] = set()
+    if isinstance(module, PeftModel):
+        own_names = {name: name for name in parameters}
+        for adapter_name in module.peft_config:
+            adapter.update(adapter_entries(module, own_names, adapter_name=adapter_name).values())
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad and name not in adapter:
+            state_dict[prefix + name] = torch.empty(0)
+
+
+def _save_pretrained(
+    model: PeftModel,
+    save_directory: str,
+    *args: Any,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    is_main_process: bool | None = None,
+    **kwargs: Any,
+) -> None:
+    """`PeftModel.save_pretrained` that gathers first. On a sharded model call it on every rank.
+
+    The stock method would hand sharded tensors to safetensors, and every rank would write:
+    https://github.com/huggingface/peft/blob/v0.21.0/src/peft/peft_model.py
+    The Trainer calls this on the writing rank alone, with a gathered `state_dict` under FSDP and without one
+    elsewhere, so nothing but the gathering of shards may communicate. Can go when PEFT gathers sharded adapters.
+    """
+    if state_dict is None:
+        state_dict = gather_adapter(model)
+    if is_main_process if is_main_process is not None else rank() == 0:
+        write_peft_directory(model, save_directory, state_dict, *args, **kwargs)
+
+
+def _resize_token_embeddings(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+) -> torch.nn.Module:
+    """Refuse to change the vocabulary of a loaded model; resizing to the size it has is fine.
+
+    SFTConfig's `chat_template_path` does this (TRL's `clone_chat_template`). The new rows would be neither sharded nor
+    saved. Can go when embeddings are resized while loading.
+    """
+    embeddings = model.get_input_embeddings()
+    have = embeddings.weight.shape[0]
+    need = have if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of:
+        need = -(-need // pad_to_multiple_of) * pad_to_multiple_of
+    if need != have:
+        raise ConfigError(
+            f"The embeddings have {have} rows and cannot be resized to {need} once the model is loaded. If this comes "
+            "from chat_template_path, give it a .jinja file, which adds no tokens; to add tokens, resize the "
+            "checkpoint with transformers, save it, and load that."
+        )
+    return embeddings
+
+
+def _restore_class_name(sharded_class: type) -> None:
+    """Give a class that `fully_shard` generated ("FSDPLlamaDecoderLayer") the name of the class it stands for.
+
+    accelerate looks for layers by class name before it notices that the model is sharded already:
+    https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py (_prepare_fsdp2)
+    Can go when accelerate checks for `FSDPModule` before `set_auto_wrap_policy`.
+    """
+    original = next(base for base in sharded_class.__bases__ if issubclass(base, torch.nn.Module))
+    sharded_class.__name__, sharded_class.__qualname__ = original.__name__, original.__qualname__

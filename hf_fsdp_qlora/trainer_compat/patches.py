@@ -1,0 +1,226 @@
+"""Replacements for a few functions of accelerate and transformers, for our models only.
+
+Each `_patched_*` below is a factory: it takes the stock function and returns the one to put in its place, which calls
+the stock one for every model that `attach` has not marked. `install` puts them in place, once per process.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.trainer
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, extract_model_from_parallel
+from peft import PeftModel
+from transformers import Trainer
+
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.export import restore_adapter
+from hf_fsdp_qlora.trainer_compat.checkpoints import has_optimizer, restore_optimizer
+from hf_fsdp_qlora.trainer_compat.logs import with_log_sources
+from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment
+
+
+@functools.cache
+def install() -> None:
+    """Put the replacements in place. Safe to call again."""
+    for owner, name, patched in (
+        (Trainer, "create_accelerator_and_postprocess", _patched_create_accelerator),
+        (Accelerator, "_prepare_fsdp2", _patched_prepare_fsdp2),
+        (Accelerator, "prepare_model", _patched_prepare_model),
+        (Trainer, "save_model", _patched_save_model),
+        (transformers.trainer, "save_fsdp_model", _patched_save_fsdp_model),
+        (Trainer, "_load_from_checkpoint", _patched_load_from_checkpoint),
+        (Trainer, "_load_best_model", _patched_load_best_model),
+        (Trainer, "_load_optimizer_and_scheduler", _patched_load_optimizer),
+        (Trainer, "log", with_log_sources),
+    ):
+        setattr(owner, name, patched(getattr(owner, name)))
+
+
+def _patched_create_accelerator(stock: Any) -> Any:
+    """Settle, right after the Trainer made its Accelerator, what accelerate gets wrong about a loaded model."""
+
+    @functools.wraps(stock)
+    def create_accelerator_and_postprocess(trainer: Trainer) -> None:
+        stock(trainer)
+        attached = attachment(trainer.model)
+        if attached is None:
+            return
+        _check_settings(trainer, attached)
+        if attached.engine == "fsdp2":
+            _enter_fsdp2(trainer)
+            # `evaluate` before `train` would call `Accelerator.prepare` without an optimizer, which raises; there is
+            # nothing to prepare. Can go with https://github.com/huggingface/transformers/issues/48841 (and 39961).
+            trainer.accelerator._models.append(trainer.model)
+
+    return create_accelerator_and_postprocess
+
+
+def _check_settings(trainer: Trainer, attached: Attachment) -> None:
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and f"fsdp{plugin.fsdp_version}" != attached.engine:
+        raise ConfigError(
+            f"accelerate is set up for FSDP{plugin.fsdp_version}, but the model was loaded for {attached.engine!r}. "
+            'Leave load_model\'s fsdp at "auto", or launch with a config of that kind.'
+        )
+    if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
+        raise ConfigError(
+            "bf16_full_eval and fp16_full_eval would cast the fp32 adapters for good. Leave them out: the model "
+            "evaluates in the dtype it was loaded with."
+        )
+
+
+def _enter_fsdp2(trainer: Trainer) -> None:
+    """Tell accelerate that this is FSDP2, where it did not find out: on CPU it only ever selects MULTI_CPU, and would
+    wrap the model in DDP. https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/state.py
+    (AcceleratorState; no issue is open). Can go when MULTI_CPU is among the types that become FSDP there.
+    """
+    state = trainer.accelerator.state
+    if state.distributed_type == DistributedType.FSDP:
+        return
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)  # reads FSDP_* as Accelerator does
+    state.distributed_type = DistributedType.FSDP
+    # AcceleratorState copies this back whenever one is constructed, as the optimizer wrapper does.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+
+
+def _patched_prepare_fsdp2(stock: Any) -> Any:
+    """Keep the optimizer's parameters as they are: the model is sharded already, so there is nothing to swap.
+
+    accelerate swaps them by `data_ptr()` of the local shard, and empty shards (LoRA rank below the number of shards)
+    all have the same: one parameter then stands for many, and the first save aborts.
+    https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/fsdp_utils.py
+    (fsdp2_switch_optimizer_parameters). Can go when accelerate skips the swap for an `FSDPModule`.
+    """
+
+    @functools.wraps(stock)
+    def _prepare_fsdp2(accelerator: Accelerator, *args: Any) -> Any:
+        ours = any(attachment(item) for item in args if isinstance(item, torch.nn.Module))
+        kept = {
+            index: [list(group["params"]) for group in item.param_groups]
+            for index, item in enumerate(args)
+            if ours and isinstance(item, torch.optim.Optimizer)
+        }
+        result = stock(accelerator, *args)
+        for index, groups in kept.items():
+            for group, parameters in zip(result[index].param_groups, groups, strict=True):
+                group["params"] = parameters
+        return result
+
+    return _prepare_fsdp2
+
+
+def _patched_prepare_model(stock: Any) -> Any:
+    """Let training wrap a model in DDP that was evaluated before. `evaluate` before `train` marks the model as
+    prepared, and the mark makes accelerate skip DDP when training begins: every rank would train alone, silently.
+
+    Since https://github.com/huggingface/accelerate/pull/3977. Can go when `evaluation_mode` no longer sets
+    `_is_accelerate_prepared`.
+    """
+
+    @functools.wraps(stock)
+    def prepare_model(accelerator: Accelerator, model: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared = stock(accelerator, model, *args, **kwargs)
+        attached = attachment(model)
+        ours = attached is not None and attached.engine != "fsdp2"
+        if ours and kwargs.get("evaluation_mode") and accelerator.num_processes > 1:
+            prepared._is_accelerate_prepared = False
+        return prepared
+
+    return prepare_model
+
+
+def _patched_save_model(stock: Any) -> Any:
+    """Write the adapter under SHARDED_STATE_DICT too, where the Trainer writes no model at all (not even the
+    directory, so `load_best_model_at_end` finds no checkpoint).
+
+    https://github.com/huggingface/transformers/issues/30491. Can go when `Trainer.save_model` saves then.
+    """
+
+    @functools.wraps(stock)
+    def save_model(trainer: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if attachment(trainer.model) is not None and _writes_shards(trainer):
+            state_dict = trainer.accelerator.get_state_dict(trainer.model)
+            trainer._save(output_dir, state_dict=state_dict)
+        stock(trainer, output_dir, _internal_call)
+
+    return save_model
+
+
+def _writes_shards(trainer: Trainer) -> bool:
+    if not trainer.is_fsdp_enabled:
+        return False
+    return "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+
+
+def _patched_save_fsdp_model(stock: Any) -> Any:
+    """Do not write the adapter a second time (`pytorch_model_fsdp*`): nothing reads that file here, and it would keep
+    stock trainers without FSDP from resuming.
+
+    https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/trainer.py (_load_from_checkpoint). Can
+    go when the Trainer reads adapters from the PEFT directory under FSDP.
+    """
+
+    @functools.wraps(stock)
+    def save_fsdp_model(plugin: Any, accelerator: Accelerator, model: Any, *args: Any, **kwargs: Any) -> None:
+        if _our_peft_model(model) is None:
+            stock(plugin, accelerator, model, *args, **kwargs)
+
+    return save_fsdp_model
+
+
+def _patched_load_from_checkpoint(stock: Any) -> Any:
+    """Resume weights from the PEFT directory, whatever engine saved it. PEFT's own `load_adapter` cannot load into
+    sharded parameters, and accelerate reads only what its own engine wrote. Can go with `_patched_save_fsdp_model`."""
+
+    @functools.wraps(stock)
+    def _load_from_checkpoint(trainer: Trainer, resume_from_checkpoint: str, model: Any = None) -> None:
+        ours = _our_peft_model(trainer.model)
+        if ours is None:
+            stock(trainer, resume_from_checkpoint, model)
+        else:
+            restore_adapter(ours, resume_from_checkpoint)
+
+    return _load_from_checkpoint
+
+
+def _patched_load_best_model(stock: Any) -> Any:
+    """As `_patched_load_from_checkpoint`, for `load_best_model_at_end`."""
+
+    @functools.wraps(stock)
+    def _load_best_model(trainer: Trainer) -> None:
+        ours, checkpoint = _our_peft_model(trainer.model), trainer.state.best_model_checkpoint
+        if ours is None or checkpoint is None:
+            stock(trainer)
+        else:
+            restore_adapter(ours, checkpoint)
+
+    return _load_best_model
+
+
+def _patched_load_optimizer(stock: Any) -> Any:
+    """Resume the optimizer whatever engine and `fsdp_state_dict_type` saved it; stock code knows only its own file
+    and raises a KeyError, or hangs in a collective. Can go when the Trainer keys optimizer states by name always."""
+
+    @functools.wraps(stock)
+    def _load_optimizer_and_scheduler(trainer: Trainer, checkpoint: str | None) -> None:
+        ours = _our_peft_model(trainer.model)
+        if checkpoint is None or ours is None or not has_optimizer(Path(checkpoint)):
+            stock(trainer, checkpoint)
+            return
+        assert trainer.optimizer is not None and trainer.lr_scheduler is not None  # made just before
+        restore_optimizer(ours, trainer.optimizer, Path(checkpoint))
+        trainer.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    return _load_optimizer_and_scheduler
+
+
+def _our_peft_model(model: Any) -> PeftModel | None:
+    """The PeftModel that `attach` marked, out of any wrapper, or None."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inner if isinstance(inner, PeftModel) and attachment(inner) is not None else None

@@ -1,0 +1,102 @@
+"""One training run of the stock SFTTrainer on a tiny model, as a script under `accelerate launch` would do it.
+
+The functions here run inside the ranks that `run_distributed` starts; `launch_env` gives the environment variables
+that `accelerate launch` sets (accelerate/utils/launch.py), so that accelerate is configured as it is for users.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from hf_fsdp_qlora.loading import load_model
+from tests.tiny_tokenizer import make_tokenizer
+
+NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def launch_env(
+    engine: str, *, state_dict_type: str = "FULL_STATE_DICT", wrap: str = "TRANSFORMER_BASED_WRAP"
+) -> dict[str, str]:
+    """What `accelerate launch` sets for this engine on CPU ("fsdp2", or "plain" for one process and DDP)."""
+    env = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "HF_HUB_OFFLINE": "1"}
+    if engine == "fsdp2":
+        env |= {
+            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": state_dict_type,
+            "FSDP_AUTO_WRAP_POLICY": wrap, "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_OFFLOAD_PARAMS": "false",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false",
+        }  # fmt: skip
+    return env
+
+
+def make_data(count: int, seed: int = 0) -> Dataset:
+    """Random sequences of 10 to 23 tokens, no special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(10, 24, (count,), generator=generator).tolist()
+    return Dataset.from_list(
+        [{"input_ids": torch.randint(3, 259, (length,), generator=generator).tolist()} for length in lengths]
+    )
+
+
+def make_trainer(
+    model_path: str,
+    output_dir: str,
+    *,
+    lora: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    callbacks: list[TrainerCallback] | None = None,
+    **config: Any,
+) -> SFTTrainer:
+    """A stock SFTTrainer around what `load_model` returns: accumulation, clipping, checkpointing, tiny everything."""
+    lora = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **(lora or {})}
+    model = load_model(
+        model_path, quantization_config=BitsAndBytesConfig(**NF4), peft_config=LoraConfig(**lora), dtype=dtype
+    )
+    settings = dict(
+        output_dir=output_dir, per_device_train_batch_size=2 // world_size_of(model), gradient_accumulation_steps=2,
+        max_steps=4, logging_steps=1, save_strategy="steps", save_steps=2, report_to=[], max_grad_norm=0.1,
+        learning_rate=1e-2, lr_scheduler_type="linear", gradient_checkpointing=True, max_length=64, bf16=False,
+        disable_tqdm=True,
+    )  # fmt: skip
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**{**settings, **config}),  # type: ignore[arg-type]
+        train_dataset=make_data(32),
+        eval_dataset=make_data(8, seed=1),
+        processing_class=make_tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def world_size_of(model: torch.nn.Module) -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def train(model_path: str, output_dir: str, *, resume: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    """Train, save to `output_dir/final`, and report what happened on this rank."""
+    trainer = make_trainer(model_path, output_dir, **kwargs)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(Path(output_dir) / "final"))
+    return report(trainer)
+
+
+def model_of(trainer: SFTTrainer) -> Any:
+    """The trainer's model; its declared type admits anything."""
+    return trainer.model
+
+
+def report(trainer: SFTTrainer) -> dict[str, Any]:
+    """Losses and gradient norms by step, and where the best checkpoint is."""
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "losses": [entry["loss"] for entry in logs],
+        "grad_norms": [entry["grad_norm"] for entry in logs],
+        "best": trainer.state.best_model_checkpoint,
+        "dtypes": {str(p.dtype) for p in model_of(trainer).parameters() if p.requires_grad},
+    }
