@@ -1,0 +1,90 @@
+r"""Supervised fine-tuning of a quantised model with the stock SFTTrainer. Read it from top to bottom.
+
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml \
+        recipes/sft.py --config recipes/llama/8b_nf4_fsdp2.yaml
+
+`--key value` puts a value over the recipe's. The same script runs on one GPU, under DDP and under FSDP: what differs
+is the accelerate config.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from trl import SFTTrainer, get_peft_config
+
+from hf_fsdp_qlora import ConfigError, MemoryCallback, ThroughputCallback, WeightIntegrityCallback, load_model
+from hf_fsdp_qlora.callbacks import InterruptCallback
+from hf_fsdp_qlora.config import Recipe
+from hf_fsdp_qlora.distributed import same_outcome
+from hf_fsdp_qlora.train import (
+    configure_logging,
+    load_datasets,
+    load_tokenizer,
+    model_dtype,
+    parse_recipe,
+    quantization_config,
+    resume_point,
+    save_report,
+)
+
+
+def main(recipe: Recipe) -> int:
+    """Train what the recipe says. Returns the exit status: 0, or what the interrupting signal asks for."""
+    configure_logging()
+    args, model_args, ours = recipe.training_args, recipe.model_args, recipe.qlora_args
+
+    # What can be wrong on one rank alone comes first, and is compared between ranks before any of them goes on.
+    with same_outcome("reading the tokenizer and the data"):
+        tokenizer = load_tokenizer(recipe)
+        train_dataset, eval_dataset = load_datasets(recipe, tokenizer)
+        checkpoint = resume_point(args)
+
+    model = load_model(
+        model_args.model_name_or_path,
+        quantization_config=quantization_config(recipe),
+        peft_config=None if ours.adapter_name_or_path else get_peft_config(model_args),
+        dtype=model_dtype(recipe),
+        fsdp=ours.fsdp_engine,
+        offload=ours.offload,
+        adapter_name_or_path=ours.adapter_name_or_path,
+        adapter_dtype=getattr(torch, ours.adapter_dtype),
+        seed=args.seed,
+        attn_implementation=model_args.attn_implementation,
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    save_report(model.load_report, args)
+
+    interrupt = InterruptCallback()
+    callbacks = [MemoryCallback(), ThroughputCallback(), interrupt]
+    if ours.verify_weights:
+        callbacks.append(WeightIntegrityCallback())
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    if not interrupt.exit_status:
+        trainer.save_model()
+        if eval_dataset is not None:
+            metrics = trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+        trainer.save_state()
+    trainer.accelerator.end_training()
+    return interrupt.exit_status
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse_recipe()))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
