@@ -1,0 +1,181 @@
+"""What a training step keeps in GPU memory beside parameters, gradients and optimizer state. Arithmetic only.
+
+Notation: T tokens of a micro-batch on one GPU (batch x sequence), H hidden size, I intermediate size, Q and K the
+widths of all query and of all key heads, S sequence length, c bytes of the compute dtype (2 for bf16).
+
+**Kept per decoder layer until its backward** (all of it for every layer without gradient checkpointing, for one layer
+at a time with it), because some backward reads it:
+
+| bytes | kept by |
+| --- | --- |
+| 4TH per RMS norm over H | the norm's float32 copy of its input (transformers computes norms in float32) |
+| 4T(Q + K) with query and key norms | the same |
+| cTH, cTQ, cTH, cTI | inputs of the LoRA A of attention in and out, MLP in and out: one per place that is targeted |
+| cTr per LoRA layer | output of A, input of B |
+| c r (in + out) per LoRA layer | the adapter in the compute dtype, cast by autocast or gathered by FSDP2 |
+| (c + 1)T in_features per LoRA layer with dropout | the dropped-out input and the mask, which are not shared |
+| cTQ, 2cTK, cTQ, 4T heads | attention: query, key and value, output, log-sum-exp (flash or efficient kernels) |
+| (4 + c) T S heads, c T S heads | eager attention: float32 and cast probabilities; soft-capped scores |
+| 2cT(Q - K), cTS | with a mask (padded batches): key and value repeated for every query head, and the additive mask |
+| 3cTI gated, cTI plain | MLP: gate, activation and up projection; or the activation's input |
+
+A quantised weight is read again in backward from its packed rows and a frozen one from its parameter: no copies.
+
+**Kept once**: cTH per decoder layer with checkpointing (its input), cTH and 4TH (output and float32 input of the final
+norm), 2cT head_dim (rotary tables), TS bytes of boolean mask with padding.
+
+**Passing**: the highest of these three moments is the step's peak.
+
+1. The layer that is recomputed or run backward first (the last of the model), on top of its kept tensors, whichever
+   is most of:
+   - its recomputation up to MLP out: 3cTH (residual, output, the gradient that waits), cTH and cTI if the inputs of
+     MLP in and MLP out are not kept, and the dequantised weight with its float32 statistics;
+   - the backward of MLP out: cTH, the same weight, one gradient cTI for each of its one or two branches;
+   - the backward of the product of gate and up: cTH and 3cTI, 4cTI where the two are one fused layer;
+   - the backward of a norm after the MLP: five float32 tensors of TH;
+   - the backward of an eager softmax: two float32 tensors of T S heads, the cast probabilities and what the MLP kept
+     being gone.
+   A kept input of MLP out (cTI) is gone after the first.
+2. The head, in the tiles of TRL's fused kernel: hidden states picked by the mask (cTH), a tile of min(T, 4096) x
+   32,768 logits in the compute dtype, float32 gradients of the hidden states (4TH), their copy (cTH) and the
+   scatter of them (cTH); with a trained head also its float32 gradient and cast (4VH + 4VH).
+3. Backward of the final norm: its float32 input and five more float32 tensors of TH, while every layer's tensors
+   are kept.
+
+Source of the tables: operators recorded with fake tensors (tests/test_memory.py replays them), transformers 5.23,
+trl 1.16. Left out: torch.compile, Liger kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_fsdp_qlora.model_shape import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, LinearShape, ModelShape
+
+LAYER_MOMENT, HEAD_MOMENT, NORM_MOMENT = "backward of the last decoder layer", "the head", "backward of the final norm"
+HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
+"""Tile of TRL's fused head (TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE)."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What of a run the activations depend on. `lora` says where LoRA layers are, by `LinearShape.name`."""
+
+    batch_size: int
+    seq_len: int
+    compute_bytes: int
+    lora: frozenset[str]
+    lora_r: int
+    dropout: bool
+    checkpointing: bool
+    padded: bool
+    quantized: bool
+    block_size: int
+    trains_head: bool
+    trains_base: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes at the step's highest moment, by kind; `moments` has the sums of all three."""
+
+    kept_bytes: int
+    layer_bytes: int
+    passing_bytes: int
+    logits_bytes: int
+    moment: str
+    moments: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return self.kept_bytes + self.layer_bytes + self.passing_bytes + self.logits_bytes
+
+
+def activations(shape: ModelShape, step: StepSettings) -> Activations:
+    """The highest moment of a step. See the module's docstring for the terms."""
+    tokens, c, hidden = step.tokens, step.compute_bytes, shape.hidden_size
+    layer = layer_bytes(shape, step)
+    kept = 2 * c * tokens * shape.head_dim + (tokens * step.seq_len if step.padded else 0)
+    kept += shape.num_layers * c * tokens * hidden if step.checkpointing else (shape.num_layers - 1) * layer
+    final_norm = (4 + c) * tokens * hidden
+    head = _head_bytes(shape, step)
+    forward_end = 0 if step.checkpointing else layer
+    moments = {
+        LAYER_MOMENT: (layer, _passing_bytes(shape, step), 0),
+        HEAD_MOMENT: (forward_end, final_norm, head),
+        NORM_MOMENT: (forward_end, 20 * tokens * hidden, 0),
+    }
+    moment, (in_layer, passing, logits) = max(moments.items(), key=lambda item: sum(item[1]))
+    sums = {name: kept + sum(terms) for name, terms in moments.items()}
+    return Activations(kept, in_layer, passing, logits, moment, sums)
+
+
+def layer_bytes(shape: ModelShape, step: StepSettings) -> int:
+    """What one decoder layer keeps for its backward, its own input aside."""
+    c, hidden, inner = step.compute_bytes, shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    per_token = 4 * hidden * shape.wide_norms + 4 * shape.qk_norm_width
+    widths = {ATTENTION_IN: hidden, ATTENTION_OUT: queries, MLP_IN: hidden, MLP_OUT: inner}
+    for place, width in widths.items():
+        if any(_is_trained(linear, step) for linear in shape.linears if linear.leaf in place):
+            # Attention keeps its own output anyway, and dropout's outputs are kept in place of its inputs.
+            per_token += 0 if place == ATTENTION_OUT or step.dropout else c * width
+    for linear in shape.linears:
+        if linear.name in step.lora:
+            per_token += c * step.lora_r + ((c + 1) * linear.in_features if step.dropout else 0)
+    adapters = sum(x.out_features + x.in_features for x in shape.linears if x.name in step.lora) * step.lora_r * c
+    per_token += 2 * c * queries + 2 * c * keys + 4 * shape.num_heads
+    if shape.eager_attention:
+        per_token += shape.num_heads * step.seq_len * (4 + (2 if shape.softcaps_attention else 1) * c)
+    if step.padded:
+        per_token += 2 * c * (queries - keys) + c * step.seq_len
+    per_token += (3 if is_gated(shape) else 1) * c * inner
+    return step.tokens * per_token + adapters
+
+
+def dequantized_bytes(linear: LinearShape, step: StepSettings) -> int:
+    """The 16-bit weight that a product needs for a moment, and the float32 statistics it is made from."""
+    if not step.quantized:
+        return 0
+    return linear.numel * step.compute_bytes + linear.numel // step.block_size * 4
+
+
+def is_gated(shape: ModelShape) -> bool:
+    """Whether the MLP has a gate: its input layers then put out two vectors of the intermediate size."""
+    outputs = sum(linear.out_features for linear in shape.linears if linear.leaf in MLP_IN)
+    return outputs == 2 * shape.intermediate_size
+
+
+def _passing_bytes(shape: ModelShape, step: StepSettings) -> int:
+    """The most that comes on top of one layer's kept tensors, while it is recomputed or run backward."""
+    tokens, c = step.tokens, step.compute_bytes
+    flow, wide = c * tokens * shape.hidden_size, c * tokens * shape.intermediate_size
+    down = next(linear for linear in shape.linears if linear.leaf in MLP_OUT)
+    dense = dequantized_bytes(down, step)
+    kept_input = wide if _is_trained(down, step) and not step.dropout else 0
+    is_fused = any(linear.out_features == 2 * shape.intermediate_size for linear in shape.linears)
+    keeps_mlp_in = any(_is_trained(x, step) for x in shape.linears if x.leaf in MLP_IN) and not step.dropout
+    recompute = (3 if keeps_mlp_in else 4) * flow + dense + wide - kept_input
+    down_backward = flow + dense + (2 * wide if down.name in step.lora else wide) - kept_input
+    product_backward = flow + (4 * wide if is_fused else 3 * wide) - kept_input
+    norm_backward = 20 * tokens * shape.hidden_size if shape.norm_ends_layer else 0
+    scores = tokens * step.seq_len * shape.num_heads
+    mlp_kept = (4 if is_gated(shape) else 2) * wide + 4 * tokens * shape.hidden_size
+    softmax_backward = (8 - c) * scores - mlp_kept if shape.eager_attention else 0
+    moments = (down_backward, product_backward, norm_backward, softmax_backward)
+    return max(recompute if step.checkpointing else 0, *moments)
+
+
+def _head_bytes(shape: ModelShape, step: StepSettings) -> int:
+    tokens, c, hidden = step.tokens, step.compute_bytes, shape.hidden_size
+    tile = c * min(tokens, HEAD_TOKENS) * min(HEAD_VOCABULARY, shape.vocab_size)
+    trained = 8 * shape.vocab_size * hidden if step.trains_head else 0
+    return tile + (3 * c + 4) * tokens * hidden + 40 * tokens + trained
+
+
+def _is_trained(linear: LinearShape, step: StepSettings) -> bool:
+    return step.trains_base or linear.name in step.lora

@@ -1,0 +1,105 @@
+"""The run that a memory estimate is for: its settings, and what follows from them without knowing a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.formats import RowFormat, four_bit_rows
+from hf_fsdp_qlora.model_shape import ModelShape
+
+GIB = 2**30
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+METHODS = ("qlora", "lora", "full", "rotary")
+ENGINES = ("none", "ddp", "fsdp1", "fsdp2")
+OFFLOADS = ("none", "base", "all")
+OPTIMIZER_STATE_BYTES = {
+    "adamw_torch_fused": 8, "adamw_torch": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_32bit": 0,
+    "paged_adamw_8bit": 0, "lion_32bit": 4, "lion_8bit": 1, "sgd": 0, "adafactor": 0,
+}  # fmt: skip
+"""Bytes on the GPU per trained parameter; paged states live in unified memory. Adafactor's factors are negligible."""
+INT8_BLOCK = 128  # weights under one float32 absmax in the rotary trainer's frozen format
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """A run, as far as memory depends on it. The arguments of `estimate_memory`, which explains them."""
+
+    method: str = "qlora"
+    engine: str = "fsdp2"
+    gpus: int = 1
+    nodes: int = 1
+    offload: str = "none"
+    dtype: str = "bfloat16"
+    adapter_dtype: str = "float32"
+    block_size: int = 64
+    double_quant: bool = True
+    lora_r: int = 16
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+    optimizer: str = "adamw_torch_fused"
+    batch_size: int = 1
+    seq_len: int = 2048
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = True
+    padded: bool = False
+    active_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"method": METHODS, "engine": ENGINES, "offload": OFFLOADS, "dtype": tuple(DTYPE_BYTES),
+                   "adapter_dtype": tuple(DTYPE_BYTES), "optimizer": tuple(OPTIMIZER_STATE_BYTES)}  # fmt: skip
+        problems = [
+            f"{name}={getattr(self, name)!r} is unknown to the planner; use one of {', '.join(allowed)}."
+            for name, allowed in choices.items()
+            if getattr(self, name) not in allowed
+        ]
+        for name in ("gpus", "nodes", "lora_r", "batch_size", "seq_len", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.engine == "none" and self.gpus * self.nodes > 1:
+            problems.append(f"engine='none' is one GPU, got {self.gpus * self.nodes}; use fsdp2 or ddp.")
+        if self.offload != "none" and not self.engine.startswith("fsdp"):
+            problems.append(f"offload={self.offload!r} needs FSDP, got engine={self.engine!r}.")
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @property
+    def world_size(self) -> int:
+        return self.gpus * self.nodes
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts parameters are cut."""
+        return self.world_size if self.engine.startswith("fsdp") else 1
+
+
+def trainable_parameters(shape: ModelShape, settings: MemorySettings) -> int:
+    """Parameters that the optimizer sees."""
+    if settings.method == "full":
+        return shape.total_numel
+    if settings.method == "rotary":
+        fraction = settings.active_fraction or shape.layer_numel / shape.total_numel
+        return int(fraction * shape.total_numel)
+    counts = shape.targeted(settings.target_modules)
+    lora = sum(counts.get(x.name, 0) * settings.lora_r * (x.in_features + x.out_features) for x in shape.linears)
+    return lora + _saved_numel(shape, settings.modules_to_save)
+
+
+def row_format(settings: MemorySettings) -> RowFormat | None:
+    """How linear weights are stored; None where they keep their dtype."""
+    if settings.method == "qlora":
+        return four_bit_rows(settings.block_size, settings.double_quant)
+    if settings.method == "rotary":
+        return RowFormat(row_size=256 * INT8_BLOCK, code_bytes=256 * INT8_BLOCK, stats_bytes=256 * 4)
+    return None
+
+
+def _saved_numel(shape: ModelShape, modules: Sequence[str]) -> int:
+    sizes = {"embed_tokens": shape.embedding_numel, "embed_in": shape.embedding_numel}
+    sizes |= dict.fromkeys(("lm_head", "embed_out"), shape.head_numel or shape.embedding_numel)
+    unknown = [name for name in modules if name not in sizes]
+    if unknown:
+        raise ConfigError(f"modules_to_save={unknown} is unknown to the planner; it knows {', '.join(sizes)}.")
+    return sum(sizes[name] for name in modules)

@@ -1,0 +1,142 @@
+"""What a planner is asked: how large may the batch or the sequence be, and what is the cheapest way to make it fit.
+
+"Cheapest" is an order from what costs nothing to what costs most, not a calculation of time: see `_CHANGES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from hf_fsdp_qlora.memory import MemoryEstimate, estimate_memory
+from hf_fsdp_qlora.memory_settings import MemorySettings
+from hf_fsdp_qlora.model_shape import ModelShape
+
+MAX_BATCH_SIZE = 1024
+SEQUENCE_STEP = 256
+Change = tuple[str, Callable[[MemorySettings], MemorySettings | None]]
+
+
+def largest_batch_size(shape: ModelShape, settings: MemorySettings, gpu_memory_bytes: float) -> int:
+    """The largest batch per GPU that fits, 0 if none does."""
+
+    def fits(batch_size: int) -> bool:
+        return estimate_memory(shape, replace(settings, batch_size=batch_size)).fits(gpu_memory_bytes)
+
+    return _largest(fits, MAX_BATCH_SIZE)
+
+
+def largest_seq_len(shape: ModelShape, settings: MemorySettings, gpu_memory_bytes: float) -> int:
+    """The longest sequence that fits at the settings' batch size, in steps of 256 tokens, at most the model's own."""
+
+    def fits(steps: int) -> bool:
+        seq_len = steps * SEQUENCE_STEP
+        return estimate_memory(shape, replace(settings, seq_len=seq_len)).fits(gpu_memory_bytes)
+
+    return _largest(fits, max(1, (shape.max_positions or 2**20) // SEQUENCE_STEP)) * SEQUENCE_STEP
+
+
+def cheapest_change(
+    shape: ModelShape, settings: MemorySettings, gpu_memory_bytes: float, host_memory_bytes: float | None = None
+) -> tuple[str, MemoryEstimate] | None:
+    """What to change so that the run fits: the cheapest single change, else the shortest series of changes.
+
+    Args:
+        host_memory_bytes: memory of a node; changes that need more are not proposed. None does not limit them.
+
+    Returns:
+        The change in words and its estimate, or None if nothing known makes it fit.
+    """
+
+    def tried(changed: MemorySettings) -> MemoryEstimate | None:
+        estimate = estimate_memory(shape, changed)
+        # Offloaded tensors are pinned; a host must hold the rounded sizes.
+        host = estimate.host["processes"] + max(estimate.host["pinned"], estimate.host["loading"])
+        enough_host = host_memory_bytes is None or host <= host_memory_bytes
+        return estimate if estimate.fits(gpu_memory_bytes) and enough_host else None
+
+    for words, change in _CHANGES:
+        changed = change(settings)
+        estimate = tried(changed) if changed is not None else None
+        if estimate is not None:
+            return words, estimate
+    series: list[str] = []
+    current = settings
+    for words, change in _CHANGES:
+        changed = change(current)
+        if changed is None:
+            continue
+        current = changed
+        series.append(words)
+        estimate = tried(current)
+        if estimate is not None:
+            return "; ".join(series), estimate
+    return None
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _checkpointing(settings: MemorySettings) -> MemorySettings | None:
+    return None if settings.gradient_checkpointing else replace(settings, gradient_checkpointing=True)
+
+
+def _shard(settings: MemorySettings) -> MemorySettings | None:
+    return replace(settings, engine="fsdp2") if settings.engine == "ddp" else None
+
+
+def _batch_of_one(settings: MemorySettings) -> MemorySettings | None:
+    if settings.batch_size == 1:
+        return None
+    steps = settings.gradient_accumulation_steps * settings.batch_size
+    return replace(settings, batch_size=1, gradient_accumulation_steps=steps)
+
+
+def _double_quant(settings: MemorySettings) -> MemorySettings | None:
+    if settings.method != "qlora" or settings.double_quant:
+        return None
+    return replace(settings, double_quant=True)
+
+
+def _quantize(settings: MemorySettings) -> MemorySettings | None:
+    return replace(settings, method="qlora") if settings.method == "lora" else None
+
+
+def _offload(where: str) -> Callable[[MemorySettings], MemorySettings | None]:
+    def change(settings: MemorySettings) -> MemorySettings | None:
+        if settings.method in ("full", "rotary") or settings.offload in (where, "all"):
+            return None
+        engine = "fsdp2" if settings.engine == "none" else settings.engine
+        return replace(settings, offload=where, engine=engine) if engine.startswith("fsdp") else None
+
+    return change
+
+
+def _shorter(settings: MemorySettings) -> MemorySettings | None:
+    return replace(settings, seq_len=settings.seq_len // 2) if settings.seq_len >= 2 * SEQUENCE_STEP else None
+
+
+def _to_qlora(settings: MemorySettings) -> MemorySettings | None:
+    return replace(settings, method="qlora") if settings.method in ("full", "rotary") else None
+
+
+_CHANGES: tuple[Change, ...] = (
+    ("double quantisation (use_bnb_nested_quant: true)", _double_quant),
+    ("a batch of 1 with more accumulation (the same global batch)", _batch_of_one),
+    ("gradient checkpointing (gradient_checkpointing: true), about a third more time", _checkpointing),
+    ("shard with FSDP2 instead of DDP (accelerate_configs/fsdp2.yaml)", _shard),
+    ("quantise the base (load_in_4bit: true)", _quantize),
+    ('keep the quantised rows in host memory (load_model(offload="base"))', _offload("base")),
+    ("keep all parameters in host memory (accelerate_configs/fsdp2_offload.yaml)", _offload("all")),
+    ("half the sequence length", _shorter),
+    ("train adapters on a 4-bit base (QLoRA) instead of all weights", _to_qlora),
+)
+"""From what changes nothing in the result to what changes the method."""
