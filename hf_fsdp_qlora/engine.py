@@ -10,12 +10,15 @@ import os
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from transformers.utils import strtobool
 
 from hf_fsdp_qlora.errors import ConfigError
 
 Engine = Literal["none", "ddp", "fsdp1", "fsdp2"]
+Offload = Literal["none", "base", "all"]
+"""What lives in pinned host memory: nothing, the quantised rows, or every parameter."""
 
 
 def resolve_engine(fsdp: str) -> Engine:
@@ -38,7 +41,7 @@ def resolve_engine(fsdp: str) -> Engine:
         raise ConfigError(f"fsdp={fsdp!r} is unknown; use 'auto', 'fsdp2' or 'none'.")
     state = PartialState()
     if fsdp == "fsdp2":
-        if not torch.distributed.is_initialized():
+        if not dist.is_initialized():
             raise ConfigError(
                 "FSDP2 needs a process group, also for one process: start the script with `accelerate launch "
                 "--config_file ...` or torchrun, or pass fsdp='none'."
@@ -47,7 +50,32 @@ def resolve_engine(fsdp: str) -> Engine:
     return "ddp" if state.num_processes > 1 else "none"
 
 
-def resolve_offload(offload: str | None) -> Literal["none", "base", "all"]:
+def resolve_device() -> torch.device:
+    """The device this process computes on, with its index."""
+    device = PartialState().device
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def check_offload(offload: Offload, engine: Engine, device: torch.device) -> None:
+    """Refuse to offload where it cannot work.
+
+    Raises:
+        ConfigError: the engine has no offload, or gradients on the host could not be reduced.
+    """
+    if offload != "none" and engine != "fsdp2":
+        raise ConfigError(
+            f"offload={offload!r} needs FSDP2, also on one GPU. Launch with accelerate_configs/fsdp2_offload.yaml."
+        )
+    if offload == "all" and device.type == "cuda" and "cpu:" not in dist.get_backend_config():
+        raise ConfigError(
+            "offload='all' puts gradients on the host, and the process group cannot reduce them there. Set "
+            "fsdp_offload_params: true in the accelerate config, so that accelerate opens a gloo backend too."
+        )
+
+
+def resolve_offload(offload: str | None) -> Offload:
     """What lives in host memory; None means what accelerate's environment says (`fsdp_offload_params`).
 
     Raises:

@@ -15,7 +15,7 @@ Left out: tensor and pipeline parallelism.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hf_fsdp_qlora.engine import Offload
 from hf_fsdp_qlora.linear import QuantizedLinear
-
-Offload = Literal["none", "base", "all"]
-"""What lives in pinned host memory: nothing, the quantised rows, or every parameter."""
 
 
 def apply_fsdp2(
