@@ -1,20 +1,30 @@
 """Quantised formats. Importing the package registers the backends that ship with it."""
 
 from hf_fsdp_qlora.quantization import bitsandbytes as _bitsandbytes  # noqa: F401  (registers itself)
+from hf_fsdp_qlora.quantization import hqq as _hqq  # noqa: F401  (registers itself)
+from hf_fsdp_qlora.quantization import int8 as _int8  # noqa: F401  (registers itself)
 from hf_fsdp_qlora.quantization.base import (
     GatherRows,
     QuantizationBackend,
     backend_by_spec,
     backend_for_config,
+    in_rows,
+    quant_methods,
     register_backend,
+    skip_modules,
 )
-from hf_fsdp_qlora.quantization.configs import BlockwiseFourBitConfig
+from hf_fsdp_qlora.quantization.configs import BlockwiseFourBitConfig, DynamicInt8Config, LinearInt8Config
 
 __all__ = [
     "BlockwiseFourBitConfig",
+    "DynamicInt8Config",
     "GatherRows",
+    "LinearInt8Config",
     "QuantizationBackend",
     "backend_by_spec",
     "backend_for_config",
+    "in_rows",
+    "quant_methods",
     "register_backend",
+    "skip_modules",
 ]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.formats import RowFormat
@@ -29,8 +30,11 @@ class QuantizationBackend(ABC):
             takes no Python objects.
         dtype: the dtype weights are quantised from and dequantised to.
         compute_dtype: the dtype of the matrix product.
+        whole_tensor: `quantize` must see all weights of a tensor at once. One rank then reads the tensor and quantises
+            it, and the rows are handed out; otherwise every rank reads and quantises its own rows.
     """
 
+    whole_tensor: bool = False
     format: RowFormat
     spec: str
     dtype: torch.dtype
@@ -45,13 +49,33 @@ class QuantizationBackend(ABC):
             ConfigError: the config asks for something this backend cannot store in rows.
         """
 
+    @classmethod
+    def skip_modules(cls, config: Any) -> list[str] | None:
+        """The linear layers that a quantisation config leaves alone, in upstream's pattern language.
+
+        Returns:
+            None for transformers' default: the head and what is tied to it.
+        """
+        return config.modules_to_not_convert
+
+    def check_weight(self, name: str, shape: tuple[int, int]) -> None:  # noqa: B027  (optional, not forgotten)
+        """Refuse a weight that cannot be stored, before anything is read. The default takes every shape.
+
+        Args:
+            name: of the layer, for the message.
+            shape: (out_features, in_features).
+
+        Raises:
+            ConfigError: the shape does not go with the config.
+        """
+
     @abstractmethod
     def quantize(self, weights: Tensor, numel: int, gather_rows: GatherRows) -> tuple[Tensor, Tensor]:
         """Quantise the rows that one rank owns.
 
         Args:
             weights: (n,) in `dtype`, the weights of this rank's rows; only the tensor's last row may be short, and n
-                is 0 on a rank that owns no row.
+                is 0 on a rank that owns no row. With `whole_tensor`, n is numel.
             numel: elements of the whole tensor.
             gather_rows: collective; every rank calls it the same number of times, also with no rows.
 
@@ -73,6 +97,8 @@ class QuantizationBackend(ABC):
         """
 
 
+BackendT = TypeVar("BackendT", bound=QuantizationBackend)
+
 _CONFIGURED: dict[str, type[QuantizationBackend]] = {}
 _BY_SPEC: dict[str, QuantizationBackend] = {}
 
@@ -92,17 +118,44 @@ def backend_for_config(config: Any, dtype: torch.dtype) -> QuantizationBackend:
     Raises:
         ConfigError: no backend is registered for it, or the backend refuses it.
     """
+    return share_backend(_backend_class(config).from_config(config, dtype))
+
+
+def share_backend(backend: BackendT) -> BackendT:
+    """The one instance with this backend's spec in this process, which `backend_by_spec` finds."""
+    return cast(BackendT, _BY_SPEC.setdefault(backend.spec, backend))
+
+
+def skip_modules(config: Any) -> list[str] | None:
+    """The linear layers that a quantisation config leaves alone, see `QuantizationBackend.skip_modules`.
+
+    Raises:
+        ConfigError: no backend is registered for the config.
+    """
+    return _backend_class(config).skip_modules(config)
+
+
+def quant_methods() -> list[str]:
+    """The `quant_method` of every registered backend, sorted."""
+    return sorted(_CONFIGURED)
+
+
+def backend_by_spec(spec: str) -> QuantizationBackend:
+    """The backend instance that `backend_for_config` or `share_backend` returned earlier in this process."""
+    return _BY_SPEC[spec]
+
+
+def in_rows(flat: Tensor, rows: int, width: int) -> Tensor:
+    """(n,) -> (rows, width), zeros behind the last value."""
+    return pad(flat, (0, rows * width - flat.numel())).view(rows, width)
+
+
+def _backend_class(config: Any) -> type[QuantizationBackend]:
     method = getattr(config, "quant_method", None)
     name = str(getattr(method, "value", method))
     if name not in _CONFIGURED:
         raise ConfigError(
             f"quantization_config of type {type(config).__name__} (quant_method={name!r}) has no backend; "
-            f"there are backends for: {', '.join(sorted(_CONFIGURED))}."
+            f"there are backends for: {', '.join(quant_methods())}."
         )
-    backend = _CONFIGURED[name].from_config(config, dtype)
-    return _BY_SPEC.setdefault(backend.spec, backend)
-
-
-def backend_by_spec(spec: str) -> QuantizationBackend:
-    """The backend instance that `backend_for_config` made earlier in this process."""
-    return _BY_SPEC[spec]
+    return _CONFIGURED[name]

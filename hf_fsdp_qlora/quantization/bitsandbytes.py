@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
-from torch.nn.functional import pad
 
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.formats import NESTED_BLOCKS, four_bit_rows
-from hf_fsdp_qlora.quantization.base import GatherRows, QuantizationBackend, register_backend
+from hf_fsdp_qlora.quantization.base import GatherRows, QuantizationBackend, in_rows, register_backend
 from hf_fsdp_qlora.quantization.configs import BlockwiseFourBitConfig
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -71,6 +70,11 @@ class FourBitBackend(QuantizationBackend):
             compute_dtype=dtype if wanted in (None, torch.float32) else wanted,
         )
 
+    @classmethod
+    def skip_modules(cls, config: Any) -> list[str] | None:
+        """`llm_int8_skip_modules`, which in spite of its name holds for 4 bit too."""
+        return config.llm_int8_skip_modules
+
     def quantize(self, weights: Tensor, numel: int, gather_rows: GatherRows) -> tuple[Tensor, Tensor]:
         """See `QuantizationBackend.quantize`. Collective once per tensor with double quantisation, else local."""
         rows = self.format.num_rows(weights.numel())
@@ -79,17 +83,17 @@ class FourBitBackend(QuantizationBackend):
             codes, absmax = codes.view(-1), state.absmax
         else:  # bitsandbytes' kernels do not take empty tensors
             codes, absmax = weights.new_empty(0, dtype=torch.uint8), weights.new_empty(0, dtype=torch.float32)
-        codes = _in_rows(codes, rows, self.format.code_bytes)
+        codes = in_rows(codes, rows, self.format.code_bytes)
         if not self.nested:
-            return codes, _in_rows(absmax.view(torch.uint8), rows, self.format.stats_bytes)
+            return codes, in_rows(absmax.view(torch.uint8), rows, self.format.stats_bytes)
         num_blocks = -(-numel // self.block_size)
-        whole_absmax = gather_rows(_in_rows(absmax, rows, NESTED_BLOCKS)).flatten()[:num_blocks]
+        whole_absmax = gather_rows(in_rows(absmax, rows, NESTED_BLOCKS)).flatten()[:num_blocks]
         offset = whole_absmax.mean()
         if not rows:
             return codes, codes.new_empty(0, self.format.stats_bytes)
         absmax_codes, second = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKS)
         parts = [
-            _in_rows(absmax_codes, rows, NESTED_BLOCKS),
+            in_rows(absmax_codes, rows, NESTED_BLOCKS),
             second.absmax.view(rows, 1).view(torch.uint8),
             offset.repeat(rows, 1).view(torch.uint8),
         ]
@@ -115,7 +119,7 @@ class FourBitBackend(QuantizationBackend):
     def _absmax(self, stats: Tensor) -> Tensor:
         """First-level absmax, (num_rows, 256) float32: table[code] * second-level absmax + offset, in that order and
         without fusing, as bitsandbytes rounds it."""
-        table = _dynamic_map(stats.device)
+        table = dynamic_map(stats.device)
         second_and_offset = stats[:, NESTED_BLOCKS:].contiguous().view(torch.float32)
         absmax = table[stats[:, :NESTED_BLOCKS].int()]
         return absmax.mul_(second_and_offset[:, :1]).add_(second_and_offset[:, 1:])
@@ -124,16 +128,11 @@ class FourBitBackend(QuantizationBackend):
 _DYNAMIC_MAPS: dict[torch.device, Tensor] = {}
 
 
-def _dynamic_map(device: torch.device) -> Tensor:
+def dynamic_map(device: torch.device) -> Tensor:
     """bitsandbytes' 256-entry table for 8-bit blockwise codes, float32, cached per device."""
     if device not in _DYNAMIC_MAPS:
         _DYNAMIC_MAPS[device] = bnb.create_dynamic_map().to(device)
     return _DYNAMIC_MAPS[device]
-
-
-def _in_rows(flat: Tensor, rows: int, width: int) -> Tensor:
-    """(n,) -> (rows, width), zeros behind the last value."""
-    return pad(flat, (0, rows * width - flat.numel())).view(rows, width)
 
 
 register_backend("bitsandbytes", FourBitBackend)
