@@ -27,7 +27,7 @@ from tests.distributed import run_distributed
 from tests.tiny_models import save_tiny_model
 from tests.trainer_story import launch_env, make_trainer, report, train
 
-ENV = launch_env("fsdp2")
+RANKS: dict[str, Any] = dict(env=launch_env("fsdp2"), process_group=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ class _Reporter(TrainerCallback):
 
 
 def test_memory_and_throughput_are_in_the_history_and_with_the_reporters(model_path: str, tmp_path: Path) -> None:
-    first, second = run_distributed(_log_story, model_path, str(tmp_path), env=ENV)
+    first, second = run_distributed(_log_story, model_path, str(tmp_path), **RANKS)
     for reported, history in (first, second):
         steps = [entry for entry in reported if "loss" in entry]
         assert [entry["loss"] for entry in history if "loss" in entry] == [entry["loss"] for entry in steps]
@@ -101,7 +101,7 @@ class _Counted:
 
 
 def test_weight_integrity_stops_before_the_first_step_and_during_training(model_path: str, tmp_path: Path) -> None:
-    run_distributed(_integrity_story, model_path, str(tmp_path), env=ENV)
+    run_distributed(_integrity_story, model_path, str(tmp_path), **RANKS)
 
 
 class _Damage(TrainerCallback):
@@ -140,15 +140,15 @@ def _integrity_story(model_path: str, output_dir: str) -> None:
 
 
 def test_interrupted_run_saves_stops_and_resumes_exactly(model_path: str, tmp_path: Path) -> None:
-    [whole, _] = run_distributed(train, model_path, str(tmp_path / "whole"), env=ENV, save_strategy="no")
-    ranks = run_distributed(_interrupted_story, model_path, str(tmp_path / "part"), env=ENV)
+    [whole, _] = run_distributed(train, model_path, str(tmp_path / "whole"), **RANKS, save_strategy="no")
+    ranks = run_distributed(_interrupted_story, model_path, str(tmp_path / "part"), **RANKS)
     for result in ranks:
         assert result["status"] == 128 + signal.SIGTERM
         assert result["step"] == 3 and result["restored"]
         assert result["losses"] == whole["losses"][:3]
     assert [path.name for path in (tmp_path / "part").glob("checkpoint-*")] == ["checkpoint-3"]
     resume = str(tmp_path / "part" / "checkpoint-3")
-    resumed = run_distributed(train, model_path, str(tmp_path / "part"), env=ENV, resume=resume, save_strategy="no")
+    resumed = run_distributed(train, model_path, str(tmp_path / "part"), **RANKS, resume=resume, save_strategy="no")
     assert resumed[0]["losses"] == whole["losses"]
     final = [load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("whole", "part")]
     assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
@@ -177,7 +177,7 @@ def _interrupted_story(model_path: str, output_dir: str) -> dict[str, Any]:
 
 def test_interrupted_run_keeps_its_checkpoint_when_the_best_one_is_another(model_path: str, tmp_path: Path) -> None:
     """With save_total_limit=1 the Trainer deletes all but the best checkpoint when training ends."""
-    run_distributed(_interrupted_with_best, model_path, str(tmp_path), env=ENV)
+    run_distributed(_interrupted_with_best, model_path, str(tmp_path), **RANKS)
     assert "checkpoint-3" in {path.name for path in tmp_path.glob("checkpoint-*")}
 
 

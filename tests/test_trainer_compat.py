@@ -50,7 +50,7 @@ def finished(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Finis
 
 def launch(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
     world_size, env = RUNS[name]
-    group = name != "one-process"
+    group = name == "ddp"  # as after torchrun; under FSDP accelerate opens it
     return run_distributed(function, *args, world_size=world_size, env=env, process_group=group, **kwargs)
 
 
@@ -238,8 +238,19 @@ def _resume_with_rank_8(model_path: str, output_dir: str, resume: str) -> str:
     return str(caught.value)
 
 
+def test_processes_that_would_train_alone_are_refused(model_path: str, tmp_path: Path) -> None:
+    """Two processes on CPU without use_cpu: accelerate opens the process group and forgets it."""
+    env = {"HF_HUB_OFFLINE": "1"}
+    run_distributed(_alone, model_path, str(tmp_path), env=env)
+
+
+def _alone(model_path: str, output_dir: str) -> None:
+    with pytest.raises(ConfigError, match="each would train alone"):
+        make_trainer(model_path, output_dir)
+
+
 def test_model_loaded_for_another_engine_is_refused(model_path: str, tmp_path: Path) -> None:
-    launch("fsdp2-full", _mismatch, model_path, str(tmp_path))
+    launch("fsdp2-one-rank", _mismatch, model_path, str(tmp_path))
 
 
 def _mismatch(model_path: str, output_dir: str) -> None:

@@ -24,15 +24,15 @@ NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_qua
 def launch_env(
     engine: str, *, state_dict_type: str = "FULL_STATE_DICT", wrap: str = "TRANSFORMER_BASED_WRAP"
 ) -> dict[str, str]:
-    """What `accelerate launch` sets for this engine on CPU ("fsdp2", or "plain" for one process and DDP)."""
-    env = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no", "HF_HUB_OFFLINE": "1"}
-    if engine == "fsdp2":
-        env |= {
-            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": state_dict_type,
-            "FSDP_AUTO_WRAP_POLICY": wrap, "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_OFFLOAD_PARAMS": "false",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false",
-        }  # fmt: skip
-    return env
+    """What `accelerate launch` sets on CPU for "fsdp2" (nothing says CPU), or a user who sets `use_cpu` ("plain")."""
+    env = {"ACCELERATE_MIXED_PRECISION": "no", "HF_HUB_OFFLINE": "1"}
+    if engine == "plain":
+        return env | {"ACCELERATE_USE_CPU": "true"}
+    return env | {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": state_dict_type,
+        "FSDP_AUTO_WRAP_POLICY": wrap, "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_OFFLOAD_PARAMS": "false",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    }  # fmt: skip
 
 
 def make_data(count: int, seed: int = 0) -> Dataset:

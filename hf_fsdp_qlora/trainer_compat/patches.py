@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers.trainer
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, extract_model_from_parallel
 from peft import PeftModel
 from transformers import Trainer
 
+from hf_fsdp_qlora.distributed import local_rank, rank, world_size
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.export import restore_adapter
 from hf_fsdp_qlora.trainer_compat.checkpoints import has_optimizer, restore_optimizer
@@ -67,6 +69,12 @@ def _check_settings(trainer: Trainer, attached: Attachment) -> None:
             f"accelerate is set up for FSDP{plugin.fsdp_version}, but the model was loaded for {attached.engine!r}. "
             'Leave load_model\'s fsdp at "auto", or launch with a config of that kind.'
         )
+    seen = trainer.accelerator.num_processes
+    if attached.engine != "fsdp2" and world_size() > seen:
+        raise ConfigError(
+            f"{world_size()} processes were launched, but accelerate sees {seen}: each would train alone. On CPU set "
+            "use_cpu=True in the training arguments."
+        )
     if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
         raise ConfigError(
             "bf16_full_eval and fp16_full_eval would cast the fp32 adapters for good. Leave them out: the model "
@@ -75,17 +83,26 @@ def _check_settings(trainer: Trainer, attached: Attachment) -> None:
 
 
 def _enter_fsdp2(trainer: Trainer) -> None:
-    """Tell accelerate that this is FSDP2, where it did not find out: on CPU it only ever selects MULTI_CPU, and would
-    wrap the model in DDP. https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/state.py
-    (AcceleratorState; no issue is open). Can go when MULTI_CPU is among the types that become FSDP there.
+    """Tell accelerate that this is FSDP2, where it did not find out: on CPU. With `use_cpu` it selects MULTI_CPU and
+    would wrap the model in DDP; without, it opens the process group and then believes that there is one process.
+
+    https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/state.py (PartialState, AcceleratorState; no
+    issue is open). Can go when FSDP on CPU is selected there.
     """
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.FSDP:
         return
+    facts = {
+        "distributed_type": DistributedType.FSDP,
+        "backend": dist.get_backend(),
+        "num_processes": world_size(),
+        "process_index": rank(),
+        "local_process_index": local_rank(),
+    }
+    vars(state).update(facts)
+    # AcceleratorState copies these back whenever one is constructed, as the optimizer wrapper does.
+    PartialState._shared_state.update(facts)
     state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)  # reads FSDP_* as Accelerator does
-    state.distributed_type = DistributedType.FSDP
-    # AcceleratorState copies this back whenever one is constructed, as the optimizer wrapper does.
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
 
 
