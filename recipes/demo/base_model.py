@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import pydoc_data.topics
 import sysconfig
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,12 +41,13 @@ def write_data(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def build_base_model(path: Path, *, steps: int = 240, device: str = "cpu") -> float:
+def build_base_model(path: Path, *, steps: int = 240, limit_s: float = 60, device: str = "cpu") -> float:
     """Train a tokenizer and a tiny Llama on the standard library's sources and save both.
 
     Args:
         path: the folder `from_pretrained` will read.
         steps: optimizer steps of pretraining.
+        limit_s: seconds after which a slow or busy machine stops earlier.
         device: where to pretrain.
 
     Returns:
@@ -59,7 +61,7 @@ def build_base_model(path: Path, *, steps: int = 240, device: str = "cpu") -> fl
     torch.manual_seed(0)
     model = LlamaForCausalLM(_config(tokenizer))
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps nn.Module.to untyped
-    loss = _pretrain(model, ids, steps)
+    loss = _pretrain(model, ids, steps, limit_s)
     model.save_pretrained(path)
     return loss
 
@@ -107,17 +109,21 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )  # fmt: skip
 
 
-def _pretrain(model: LlamaForCausalLM, ids: torch.Tensor, steps: int, batch_size: int = 8) -> float:
-    """AdamW on random windows of `ids`; the rate falls linearly."""
+def _pretrain(model: LlamaForCausalLM, ids: torch.Tensor, steps: int, limit_s: float, batch_size: int = 8) -> float:
+    """AdamW on random windows of `ids`; the rate falls linearly with the steps, or the time, that is left."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     windows = torch.Generator().manual_seed(0)
     losses: list[float] = []
     model.train()
+    start = time.monotonic()
     for step in range(steps):
+        left = 1 - max(step / steps, (time.monotonic() - start) / limit_s)
+        if left <= 0:
+            break
         starts = torch.randint(len(ids) - SEQUENCE_LENGTH, (batch_size, 1), generator=windows)
         batch = ids[starts + torch.arange(SEQUENCE_LENGTH)].long().to(model.device)
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * (1 - step / steps) * min(1.0, (step + 1) / 20)
+            group["lr"] = PEAK_RATE * left * min(1.0, (step + 1) / 20)
         loss = model(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
