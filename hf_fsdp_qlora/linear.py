@@ -65,13 +65,17 @@ class QuantizedLinear(nn.Linear):
         """The dtype of the matrix product outside autocast."""
         return self.backend.compute_dtype
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), in the dtype of the input."""
+    def forward(self, input: Tensor, *, add_bias: bool = True) -> Tensor:
+        """(..., in_features) -> (..., out_features), in the dtype of the input.
+
+        Args:
+            add_bias: False leaves the bias to the caller (DoRA scales the product without it).
+        """
         device_type = input.device.type
         autocast = torch.is_autocast_enabled(device_type)
         compute_dtype = torch.get_autocast_dtype(device_type) if autocast else self.compute_dtype
         output = quantized_linear(
-            input.to(compute_dtype), self.weight, self.weight_stats, self.bias,
+            input.to(compute_dtype), self.weight, self.weight_stats, self.bias if add_bias else None,
             self.backend.spec, self.out_features, self.in_features,
         )  # fmt: skip
         return output.to(input.dtype)

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from hf_fsdp_qlora.dora import QuantizedDora, dora_forward
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.sharding import local_tensor, write_full_tensor
@@ -57,9 +58,13 @@ class QuantizedLoraLinear(LoraLinear):
         """
         if self.disable_adapters or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) == 1 and active[0] in self.lora_variant:
+            return dora_forward(self, x, active[0])
         result = self.base_layer(x)
-        for name in self.active_adapters:
-            if name not in self.lora_A:
+        for name in active:
+            if name in self.lora_variant:
+                result = self.lora_variant[name].forward(self, name, x, result)
                 continue
             lora_a: Any = self.lora_A[name]
             if not torch.is_autocast_enabled(x.device.type):
@@ -67,6 +72,11 @@ class QuantizedLoraLinear(LoraLinear):
             update = self.lora_B[name](lora_a(self.lora_dropout[name](x))) * self.scaling[name]
             result = result + update.to(result.dtype)
         return result
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        """The variants of LoRA that work over rows."""
+        return {(): None, ("use_dora",): QuantizedDora}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: the sum would have to be quantized again, and a rank holds only some of the rows.
@@ -179,6 +189,8 @@ def _fill_as_stock(layer: Any, config: Any) -> None:
     # PEFT rounds new values to the dtype of the base layer, and reads that and the device from its weight.
     stand_in.weight = nn.Parameter(torch.empty(0, dtype=dtype))
     rank, alpha = layer.r[ADAPTER_NAME], layer.lora_alpha[ADAPTER_NAME]
+    config = copy.copy(config)
+    config.use_dora = False  # magnitudes need the weights: `initialize_magnitudes`
     drawn = LoraLinear(stand_in, ADAPTER_NAME, config=config, r=rank, lora_alpha=alpha)
     parameters = dict(layer.named_parameters())
     for name, value in drawn.named_parameters():

@@ -28,10 +28,11 @@ from hf_fsdp_qlora.linear import QuantizedLinear
 # The values of init_lora_weights that need no full weight.
 SUPPORTED_INITS = (True, False, "gaussian", "orthogonal")
 
+# Variants of LoRA that work over rows.
+SUPPORTED_VARIANTS = ("use_dora",)
+
 # Fields that must stay unset, with the reason and what to do instead.
 _REFUSED_FIELDS = {
-    "use_dora": "DoRA needs the norm of every full weight. Set use_dora=False; use_rslora=True with a larger r is "
-    "the usual substitute",
     "trainable_token_indices": "PEFT cannot build these tensors on the meta device, so they would never be filled. "
     'Train whole embeddings with modules_to_save=["embed_tokens", "lm_head"]',
     "target_parameters": "bare parameters (fused experts) are not quantized and have no LoRA layer here. Name linear "
@@ -140,7 +141,8 @@ def _field_problems(config: LoraConfig) -> Iterable[str]:
         if value:
             yield f"{name}={value!r}: {reason}"
     for field in dataclasses.fields(config):
-        if field.metadata.get("is_lora_variant") and field.name not in _REFUSED_FIELDS and getattr(config, field.name):
+        known = field.name in _REFUSED_FIELDS or field.name in SUPPORTED_VARIANTS
+        if field.metadata.get("is_lora_variant") and not known and getattr(config, field.name):
             yield f"{field.name}: this LoRA variant is not supported over quantized layers. Leave it unset"
     if config.task_type not in (None, TaskType.CAUSAL_LM):
         yield f"task_type={config.task_type!r}: only causal language models are loaded. Use task_type='CAUSAL_LM'"

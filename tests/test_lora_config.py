@@ -106,7 +106,6 @@ def test_adapters_trained_on_a_changed_base_are_refused(qwen2: Path, trained: Pa
 
 
 REFUSED = {
-    "DoRA": (dict(use_dora=True), "use_dora=True.*DoRA"),
     "PiSSA": (dict(init_lora_weights="pissa"), "init_lora_weights='pissa'.*'gaussian'"),
     "PiSSA iterations": (dict(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
     "OLoRA": (dict(init_lora_weights="olora"), "olora"),
@@ -153,9 +152,9 @@ def test_loftq_is_refused(llama: Path) -> None:
 
 
 def test_all_problems_are_reported_together_and_nothing_is_changed(llama: Path) -> None:
-    config = LoraConfig(use_dora=True, init_lora_weights="pissa", target_modules=["q_proj", "q_prj"])
+    config = LoraConfig(fan_in_fan_out=True, init_lora_weights="pissa", target_modules=["q_proj", "q_prj"])
     unchanged = copy.deepcopy(config)
-    with pytest.raises(ConfigError, match=r"(?s)- use_dora.*- init_lora_weights.*- target_modules: 'q_prj'"):
+    with pytest.raises(ConfigError, match=r"(?s)- fan_in_fan_out.*- init_lora_weights.*- target_modules: 'q_prj'"):
         check_peft_config(config, meta_model(llama))
     assert config == unchanged
 
