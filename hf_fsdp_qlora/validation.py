@@ -1,0 +1,242 @@
+"""Check an accelerate config and a recipe together, and report everything that is wrong at once.
+
+Most runs that fail do so minutes or hours in, on a setting that is fine by itself and wrong beside another one; some
+do not fail and train something else. Each such combination is one rule in validation_rules.py, with what is wrong,
+why it hurts and what to change. No GPU, no weights and no process group are needed; what depends on the model is
+checked when its config is on this machine, and listed as not checked otherwise.
+
+Order: the rules are independent; problems come in the order of the rules. Left out: what upstream's own dataclasses
+refuse by themselves with a clear message before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.model_shape import ModelShape, shape_of
+from hf_fsdp_qlora.resources import find_accelerate_config
+
+DEFAULTS: dict[str, Any] = {
+    "adapter_name_or_path": None, "adapter_dtype": "float32", "assistant_only_loss": False,
+    "attn_implementation": None, "completion_only_loss": None, "dataset_format": None, "bf16": None, "bnb_4bit_blocksize": 64, "bnb_4bit_quant_storage": None,
+    "dtype": "float32", "fp16": False, "fsdp": None,
+    "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "load_best_model_at_end": False,
+    "load_in_4bit": False, "load_in_8bit": False, "lora_dropout": 0.05, "lora_modules_to_save": None, "lora_r": 16,
+    "lora_target_modules": None, "lora_target_parameters": None, "max_length": 1024, "model_init_kwargs": None,
+    "model_name_or_path": None, "offload": None, "optim": "adamw_torch_fused", "packing": False,
+    "packing_strategy": "bfd", "per_device_train_batch_size": 8, "save_only_model": False,
+    "trust_remote_code": False, "use_bnb_nested_quant": False, "use_dora": False, "use_peft": False,
+}  # fmt: skip
+"""Upstream's defaults of the keys that the rules read, so that checking needs no torch. A test compares them."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. `rule` is the name of the rule's function, filled in by `find_problems`."""
+
+    field: str
+    value: Any
+    why: str
+    fix: str
+    rule: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.value}\n    why: {self.why}\n    fix: {self.fix}"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the rules know of a model: its sizes, the classes of its modules, and its dtype ("bfloat16")."""
+
+    shape: ModelShape
+    classes: frozenset[str]
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a rule sees.
+
+    Attributes:
+        accelerate: the accelerate config file.
+        recipe: the keys the recipe sets.
+        model: None if the model's config is not on this machine.
+        gpu_memory_bytes: of one card, None if not given.
+    """
+
+    accelerate: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    model: ModelFacts | None = None
+    gpu_memory_bytes: int | None = None
+
+    def get(self, key: str) -> Any:
+        """The recipe's value, or upstream's default."""
+        return self.recipe.get(key, DEFAULTS[key])
+
+    def fsdp(self, key: str) -> Any:
+        """A key of the accelerate config's `fsdp_config`, None if absent."""
+        return (self.accelerate.get("fsdp_config") or {}).get(key)
+
+    @property
+    def distributed_type(self) -> str:
+        # YAML reads a bare NO as false, and accelerate writes it quoted.
+        value = self.accelerate.get("distributed_type", "NO")
+        return "NO" if value is False else str(value)
+
+    @property
+    def fsdp_version(self) -> int | None:
+        """1 or 2, None without FSDP. accelerate's default is 1."""
+        if self.distributed_type != "FSDP":
+            return None
+        return int(self.fsdp("fsdp_version") or 1)
+
+    @property
+    def num_processes(self) -> int:
+        return int(self.accelerate.get("num_processes") or 1)
+
+    @property
+    def offload(self) -> str:
+        """What lives in host memory: the recipe's word, else accelerate's flag."""
+        wanted = self.get("offload")
+        if wanted is not None:
+            return str(wanted)
+        return "all" if self.fsdp_version and is_true(self.fsdp("fsdp_offload_params")) else "none"
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype `load_model` gets; None if only the model's config could tell."""
+        wanted = self.get("dtype")
+        if wanted not in (None, "auto"):
+            return str(wanted)
+        return self.model.dtype if self.model else None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All problems, and what could not be checked with the reason."""
+
+    problems: list[Problem] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+
+
+def validate(
+    accelerate_config: str | os.PathLike[str] | Mapping[str, Any],
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Any,
+    *,
+    gpu_memory_bytes: int | None = None,
+) -> list[str]:
+    """Raise if an accelerate config and a recipe cannot work together.
+
+    Args: as `find_problems`.
+
+    Returns:
+        What could not be checked, with the reason.
+
+    Raises:
+        ConfigError: all problems in one message, each with field, value, reason and fix.
+    """
+    findings = find_problems(accelerate_config, recipe, gpu_memory_bytes=gpu_memory_bytes)
+    if findings.problems:
+        listed = "\n".join(f"- {problem}" for problem in findings.problems)
+        raise ConfigError(f"The accelerate config and the recipe cannot work together:\n{listed}")
+    return findings.not_checked
+
+
+def find_problems(
+    accelerate_config: str | os.PathLike[str] | Mapping[str, Any],
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Any,
+    *,
+    gpu_memory_bytes: int | None = None,
+) -> Findings:
+    """Apply every rule.
+
+    Args:
+        accelerate_config: a YAML file that accelerate reads, the name of a shipped one, or its contents.
+        recipe: a YAML file, the name of a shipped recipe, a `Recipe` from `load_recipe`, or its keys and values.
+        gpu_memory_bytes: of one card, to check the predicted peak.
+
+    Raises:
+        ConfigError: a file cannot be read, or the recipe has unknown keys.
+    """
+    from hf_fsdp_qlora.validation_model_rules import MODEL_RULES, memory_fits
+    from hf_fsdp_qlora.validation_rules import RULES
+
+    run = Run(_accelerate_values(accelerate_config), _recipe_values(recipe), gpu_memory_bytes=gpu_memory_bytes)
+    facts, reason = _model_facts(run)
+    run = Run(run.accelerate, run.recipe, facts, gpu_memory_bytes)
+    rules = RULES if facts is None else (*RULES, *MODEL_RULES)
+    found = [(rule.__name__, rule(run)) for rule in rules]
+    problems = [replace(problem, rule=name) for name, problem in found if problem is not None]
+    if facts is None:
+        names = ", ".join(rule.__name__.replace("_", " ") for rule in (*MODEL_RULES, memory_fits))
+        return Findings(problems, [f"{names}: {reason}"])
+    if gpu_memory_bytes is None:
+        return Findings(problems, ["memory fits: the memory of a card was not given"])
+    try:
+        too_large = memory_fits(run)
+    except ConfigError as error:
+        return Findings(problems, [f"memory fits: {error}"])
+    problems += [replace(too_large, rule="memory_fits")] if too_large is not None else []
+    return Findings(problems)
+
+
+def is_true(value: Any) -> bool:
+    """How accelerate reads a flag of its config, which may be a word."""
+    return value is True or str(value).lower() in ("true", "yes", "1", "on", "y", "t")
+
+
+def _accelerate_values(config: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    path = find_accelerate_config(Path(config))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping of keys to values, got {type(values).__name__}.")
+    return values
+
+
+def _recipe_values(recipe: Any) -> Mapping[str, Any]:
+    if isinstance(recipe, Mapping):
+        return recipe
+    if isinstance(recipe, (str, os.PathLike)):
+        from hf_fsdp_qlora.config import load_recipe
+
+        return load_recipe(Path(recipe)).values
+    return recipe.values
+
+
+def _model_facts(run: Run) -> tuple[ModelFacts | None, str]:
+    """The model's facts, or None and why there are none. Nothing is downloaded."""
+    name = run.get("model_name_or_path")
+    if name is None:
+        return None, "the recipe names no model"
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"trust_remote_code": run.get("trust_remote_code")}
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True, **options)
+    except OSError:
+        return None, f"the config of {name} is not on this machine"
+    attention = run.get("attn_implementation") or config._attn_implementation
+    with torch.device("meta"):
+        # Attention kernels that are not installed here may be there where the run will be.
+        known = attention if attention in ("sdpa", "eager") else "sdpa"
+        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=known, **options)
+    try:
+        shape = shape_of(skeleton, str(name))
+    except ConfigError as error:
+        return None, str(error)
+    classes = frozenset(type(module).__name__ for module in skeleton.modules())
+    dtype = None if config.dtype is None else str(config.dtype).removeprefix("torch.")
+    return ModelFacts(shape, classes, dtype), ""

@@ -1,0 +1,124 @@
+"""The rules of `validate` that need the model's config: names, lengths and predicted memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.memory import estimate_memory
+from hf_fsdp_qlora.memory_settings import GIB, OPTIMIZER_STATE_BYTES, MemorySettings
+from hf_fsdp_qlora.planning import cheapest_change
+from hf_fsdp_qlora.validation import Problem, Run
+from hf_fsdp_qlora.validation_rules import Rule
+
+
+def wrapped_classes_exist(run: Run) -> Problem | None:
+    """accelerate: "Could not find the transformer layer class ... in the model"."""
+    assert run.model is not None
+    value = run.fsdp("fsdp_transformer_layer_cls_to_wrap")
+    policy = str(run.fsdp("fsdp_auto_wrap_policy") or "").upper()
+    if not run.fsdp_version or not value or policy != "TRANSFORMER_BASED_WRAP":
+        return None
+    names = [name.strip() for name in (value.split(",") if isinstance(value, str) else value)]
+    unknown = [name for name in names if name not in run.model.classes]
+    if not unknown:
+        return None
+    layers = ", ".join(sorted(name for name in run.model.classes if name.endswith(("DecoderLayer", "Layer"))))
+    return Problem(
+        "fsdp_config.fsdp_transformer_layer_cls_to_wrap", value,
+        f"{', '.join(unknown)} is no class of {run.model.shape.name}; accelerate raises after the model is loaded.",
+        f"Set fsdp_auto_wrap_policy: NO_WRAP (load_model has wrapped the layers), or name {layers}.",
+    )  # fmt: skip
+
+
+def targets_match(run: Run) -> Problem | None:
+    """PEFT raises if nothing matches, and is silent about names that match nothing beside others that do."""
+    assert run.model is not None
+    targets = run.get("lora_target_modules")
+    if not run.get("use_peft") or targets is None:
+        return None
+    names = [targets] if isinstance(targets, str) else list(targets)
+    if names == ["all-linear"]:
+        return None
+    unmatched = [name for name in names if not _matches(run, name if isinstance(targets, str) else [name])]
+    if not unmatched:
+        return None
+    leaves = ", ".join(sorted({linear.leaf for linear in run.model.shape.linears}))
+    return Problem(
+        "lora_target_modules", targets,
+        f"{', '.join(unmatched)} matches no linear layer of {run.model.shape.name}.",
+        f"It has {leaves}; all-linear means all of them.",
+    )  # fmt: skip
+
+
+def sequences_fit_the_model(run: Run) -> Problem | None:
+    """Positions beyond max_position_embeddings were never trained, and fixed position tables end there."""
+    assert run.model is not None
+    limit, length = run.model.shape.max_positions, run.get("max_length")
+    if not limit or length is None or length <= limit:
+        return None
+    return Problem(
+        "max_length", length,
+        f"{run.model.shape.name} has positions for {limit} tokens (max_position_embeddings).",
+        f"Set max_length: {limit} or less, or scale the rotary embedding in the model's config.",
+    )  # fmt: skip
+
+
+def memory_fits(run: Run) -> Problem | None:
+    """The planner's prediction (memory.py) against the card.
+
+    Raises:
+        ConfigError: the planner cannot place the settings, such as ones that another rule refuses.
+    """
+    if run.model is None or run.gpu_memory_bytes is None:
+        return None
+    settings = memory_settings(run)
+    estimate = estimate_memory(run.model.shape, settings) if settings is not None else None
+    if settings is None or estimate is None or estimate.fits(run.gpu_memory_bytes):
+        return None
+    change = cheapest_change(run.model.shape, settings, run.gpu_memory_bytes)
+    return Problem(
+        "per_device_train_batch_size", run.get("per_device_train_batch_size"),
+        f"A GPU would need {estimate.needed_bytes / GIB:.1f} GiB ({estimate.peak_bytes / GIB:.1f} allocated at the "
+        f"peak, in {estimate.highest_moment}); it has {run.gpu_memory_bytes / GIB:.1f}.",
+        f"Cheapest change that fits: {change[0]}." if change else "Use more or larger GPUs; no setting alone fits.",
+    )  # fmt: skip
+
+
+def memory_settings(run: Run) -> MemorySettings | None:
+    """The planner's view of a run; None for what it does not know (the optimizer)."""
+    optimizer = str(run.get("optim"))
+    if optimizer not in OPTIMIZER_STATE_BYTES:
+        return None
+    targets = run.get("lora_target_modules") or "all-linear"
+    nodes = int(run.accelerate.get("num_machines") or 1)
+    engines = {"FSDP": f"fsdp{run.fsdp_version}", "MULTI_GPU": "ddp" if run.num_processes > 1 else "none"}
+    batch_size = int(run.get("per_device_train_batch_size"))
+    values: dict[str, Any] = dict(
+        method="qlora" if run.get("load_in_4bit") else "lora",
+        engine=engines.get(run.distributed_type, "none"),
+        gpus=max(1, run.num_processes // nodes), nodes=nodes, offload=run.offload, dtype=run.dtype or "bfloat16",
+        adapter_dtype=run.get("adapter_dtype"), block_size=int(run.get("bnb_4bit_blocksize")),
+        double_quant=bool(run.get("use_bnb_nested_quant")), lora_r=int(run.get("lora_r")),
+        lora_dropout=float(run.get("lora_dropout")), optimizer=optimizer, batch_size=batch_size,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        modules_to_save=tuple(run.get("lora_modules_to_save") or ()),
+        seq_len=int(run.get("max_length") or (run.model.shape.max_positions if run.model else 0) or 1024),
+        gradient_accumulation_steps=int(run.get("gradient_accumulation_steps")),
+        gradient_checkpointing=bool(run.get("gradient_checkpointing")),
+        padded=batch_size > 1 and not run.get("packing"),
+    )  # fmt: skip
+    if values["target_modules"] == ("all-linear",):
+        values["target_modules"] = "all-linear"
+    return MemorySettings(**values)
+
+
+def _matches(run: Run, targets: Any) -> bool:
+    assert run.model is not None
+    try:
+        return bool(run.model.shape.targeted(targets))
+    except ConfigError:
+        return False
+
+
+MODEL_RULES: tuple[Rule, ...] = (wrapped_classes_exist, targets_match, sequences_fit_the_model)

@@ -1,0 +1,271 @@
+"""Every rule of validate: one pair of configs that trips it and one that does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from hf_fsdp_qlora.config import recipe_fields
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.resources import accelerate_config_names, find_accelerate_config
+from hf_fsdp_qlora.validation import DEFAULTS, find_problems, validate
+from hf_fsdp_qlora.validation_model_rules import MODEL_RULES, memory_fits
+from hf_fsdp_qlora.validation_rules import BITSANDBYTES_OPTIMIZERS, RULES
+from tests.distributed import run_distributed
+
+FSDP2: dict[str, Any] = dict(
+    distributed_type="FSDP", num_processes=2, num_machines=1, mixed_precision="bf16",
+    fsdp_config=dict(fsdp_version=2, fsdp_auto_wrap_policy="NO_WRAP", fsdp_state_dict_type="FULL_STATE_DICT",
+                     fsdp_reshard_after_forward=True, fsdp_activation_checkpointing=False),
+)  # fmt: skip
+RECIPE: dict[str, Any] = dict(use_peft=True, load_in_4bit=True, dtype="bfloat16", bf16=True, max_length=512)
+SINGLE: dict[str, Any] = dict(distributed_type="NO", num_processes=1)
+
+
+def fsdp2(**fsdp_config: Any) -> dict[str, Any]:
+    return {**FSDP2, "fsdp_config": {**FSDP2["fsdp_config"], **fsdp_config}}
+
+
+def fsdp1(**fsdp_config: Any) -> dict[str, Any]:
+    values = dict(fsdp_version=1, fsdp_reshard_after_forward="FULL_SHARD", fsdp_sync_module_states=True,
+                  fsdp_cpu_ram_efficient_loading=True)  # fmt: skip
+    return fsdp2(**{**values, **fsdp_config})
+
+
+def wrapping(name: str) -> dict[str, Any]:
+    return fsdp2(fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", fsdp_transformer_layer_cls_to_wrap=name)
+
+
+def recipe(**values: Any) -> dict[str, Any]:
+    return {**RECIPE, **values}
+
+
+# rule -> pairs that trip it, pairs that do not (beside the plain FSDP2 pair, which trips nothing)
+CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
+    "distributed_type_is_supported": (
+        [({"distributed_type": "DEEPSPEED"}, RECIPE), ({"distributed_type": "MULTI_CPU"}, RECIPE)],
+        [({"distributed_type": False}, RECIPE), ({"distributed_type": "MULTI_GPU"}, RECIPE)],
+    ),
+    "fsdp_version_is_two": (
+        [(fsdp1(), RECIPE), ({**FSDP2, "fsdp_config": {}}, RECIPE)],
+        [(SINGLE, RECIPE)],
+    ),
+    "quant_storage_survives": (
+        [(FSDP2, recipe(bnb_4bit_quant_storage="bfloat16")), (fsdp1(), recipe(bnb_4bit_quant_storage="float32"))],
+        [(FSDP2, recipe(bnb_4bit_quant_storage="float32")), (fsdp1(), recipe(bnb_4bit_quant_storage="bfloat16")),
+         (SINGLE, recipe(bnb_4bit_quant_storage="bfloat16"))],
+    ),
+    "dtype_agrees_with_mixed_precision": (
+        [(FSDP2, recipe(dtype="float32")), (FSDP2, {k: v for k, v in RECIPE.items() if k not in ("dtype", "bf16")}),
+         (FSDP2, recipe(bf16=False, fp16=True))],
+        [(FSDP2, recipe(dtype="float32", bf16=False)), (SINGLE, recipe(dtype="float32"))],
+    ),
+    "sync_module_states_is_on": (
+        [(fsdp1(fsdp_sync_module_states=False), RECIPE)],
+        [(fsdp1(), RECIPE), (fsdp2(fsdp_cpu_ram_efficient_loading=True), RECIPE)],
+    ),
+    "efficient_loading_is_on": (
+        [(fsdp1(fsdp_cpu_ram_efficient_loading=False), RECIPE)],
+        [(fsdp1(), RECIPE)],
+    ),
+    "reshard_after_forward_has_its_versions_type": (
+        [(fsdp2(fsdp_reshard_after_forward="FULL_SHARD"), RECIPE), (fsdp1(fsdp_reshard_after_forward=True), RECIPE)],
+        [(fsdp2(fsdp_reshard_after_forward="false"), RECIPE), (fsdp1(), RECIPE)],
+    ),
+    "state_dict_type_is_known_to_fsdp2": (
+        [(fsdp2(fsdp_state_dict_type="LOCAL_STATE_DICT"), RECIPE)],
+        [(fsdp2(fsdp_state_dict_type="SHARDED_STATE_DICT"), RECIPE)],
+    ),
+    "checkpointing_happens_once": (
+        [(fsdp2(fsdp_activation_checkpointing=True), RECIPE),
+         (fsdp2(fsdp_activation_checkpointing=True), recipe(gradient_checkpointing=False))],
+        [(fsdp2(fsdp_activation_checkpointing="false"), RECIPE)],
+    ),
+    "optimizer_works_on_shards": (
+        [(FSDP2, recipe(optim="paged_adamw_8bit")), (FSDP2, recipe(optim="adafactor"))],
+        [(SINGLE, recipe(optim="paged_adamw_8bit")), (FSDP2, recipe(optim="sgd"))],
+    ),
+    "layerwise_optimizer_runs_alone": (
+        [(FSDP2, recipe(optim="galore_adamw_layerwise"))],
+        [(SINGLE, recipe(optim="galore_adamw_layerwise"))],
+    ),
+    "device_map_is_not_set": (
+        [(FSDP2, recipe(model_init_kwargs={"device_map": "auto"}))],
+        [(FSDP2, recipe(model_init_kwargs={"use_cache": False}))],
+    ),
+    "trainer_has_no_fsdp_of_its_own": ([(FSDP2, recipe(fsdp="full_shard"))], [(FSDP2, recipe(fsdp=None))]),
+    "packed_samples_stay_apart": (
+        [(FSDP2, recipe(packing=True, packing_strategy="wrapped", assistant_only_loss=True))],
+        [(FSDP2, recipe(packing=True, packing_strategy="wrapped")), (FSDP2, recipe(packing=True)),
+         (FSDP2, recipe(packing_strategy="wrapped", assistant_only_loss=True))],
+    ),
+    "packing_has_a_length": (
+        [(FSDP2, recipe(packing=True, max_length=None))],
+        [(FSDP2, recipe(max_length=None))],
+    ),
+    "best_model_can_be_loaded": (
+        [(FSDP2, recipe(save_only_model=True, load_best_model_at_end=True))],
+        [(SINGLE, recipe(save_only_model=True, load_best_model_at_end=True)), (FSDP2, recipe(save_only_model=True))],
+    ),
+    "something_is_trained": (
+        [(FSDP2, recipe(use_peft=False))],
+        [(FSDP2, recipe(use_peft=False, adapter_name_or_path="x"))],
+    ),
+    "weights_have_a_row_format": ([(FSDP2, recipe(load_in_8bit=True))], []),
+    "adapter_kind_is_supported": ([(FSDP2, recipe(use_dora=True))], []),
+    "offload_has_fsdp": (
+        [(SINGLE, recipe(offload="base"))],
+        [(FSDP2, recipe(offload="base")), (fsdp2(fsdp_offload_params=True), RECIPE)],
+    ),
+    "wrapped_classes_exist": (
+        [(wrapping("GPT2Block"), RECIPE)],
+        [(wrapping("LlamaDecoderLayer"), RECIPE), (fsdp2(fsdp_transformer_layer_cls_to_wrap="GPT2Block"), RECIPE)],
+    ),
+    "targets_match": (
+        [(FSDP2, recipe(lora_target_modules=["q_proj", "query"])), (FSDP2, recipe(lora_target_modules="query"))],
+        [(FSDP2, recipe(lora_target_modules=["q_proj"])), (FSDP2, recipe(lora_target_modules=r".*mlp\..*_proj")),
+         (FSDP2, recipe(lora_target_modules="all-linear")), (FSDP2, recipe(lora_target_modules=["all-linear"]))],
+    ),
+    "sequences_fit_the_model": (
+        [(FSDP2, recipe(max_length=8192))],
+        [(FSDP2, recipe(max_length=4096))],
+    ),
+    "memory_fits": (
+        [(FSDP2, recipe(per_device_train_batch_size=64, max_length=4096))],
+        [(FSDP2, recipe(per_device_train_batch_size=1))],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The config of a 1B model: no weights."""
+    folder = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4,
+        vocab_size=32000, max_position_embeddings=4096, dtype="bfloat16",
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def rules_tripped(pair: tuple[dict, dict], model: str) -> set[str]:
+    accelerate, values = pair
+    found = find_problems(accelerate, {**values, "model_name_or_path": model}, gpu_memory_bytes=8 * 2**30)
+    return {problem.rule for problem in found.problems}
+
+
+def test_every_rule_has_its_cases() -> None:
+    assert {rule.__name__ for rule in (*RULES, *MODEL_RULES, memory_fits)} == CASES.keys()
+
+
+def test_the_plain_pair_trips_nothing(model: str) -> None:
+    assert rules_tripped((FSDP2, RECIPE), model) == set()
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_rule_is_tripped(rule: str, model: str) -> None:
+    for pair in CASES[rule][0]:
+        assert rule in rules_tripped(pair, model), pair
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_rule_is_not_tripped(rule: str, model: str) -> None:
+    for pair in CASES[rule][1]:
+        assert rule not in rules_tripped(pair, model), pair
+
+
+def test_defaults_equal_upstreams() -> None:
+    fields = recipe_fields()
+    for key, value in DEFAULTS.items():
+        assert fields[key].default == value, key
+
+
+def test_validate_reports_everything_at_once_with_reason_and_fix() -> None:
+    bad = fsdp2(fsdp_activation_checkpointing=True, fsdp_state_dict_type="LOCAL_STATE_DICT")
+    with pytest.raises(ConfigError) as caught:
+        validate(bad, recipe(optim="adamw_8bit", bnb_4bit_quant_storage="bfloat16"))
+    text = str(caught.value)
+    for part in ("fsdp_activation_checkpointing", "LOCAL_STATE_DICT", "adamw_8bit", "bnb_4bit_quant_storage"):
+        assert part in text
+    assert text.count("why:") == text.count("fix:") == 4
+
+
+def test_validate_says_what_it_could_not_check() -> None:
+    notes = validate(FSDP2, recipe(model_name_or_path="nobody/has-this-model"))
+    assert len(notes) == 1
+    assert "targets match" in notes[0]
+    assert "not on this machine" in notes[0]
+
+
+@pytest.mark.parametrize("name", accelerate_config_names())
+def test_shipped_accelerate_configs_have_no_problems(name: str) -> None:
+    config = yaml.safe_load(find_accelerate_config(name).read_text())
+    values = recipe(dtype="float32", bf16=False) if config.get("use_cpu") else RECIPE
+    assert validate(name, values) != []
+
+
+def test_validate_command(tmp_path: Path, capsys) -> None:
+    import argparse
+
+    from hf_fsdp_qlora.commands import validate as command
+
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(FSDP2))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(recipe(optim="adafactor")))
+    parser = argparse.ArgumentParser()
+    command.register(parser.add_subparsers())
+    line = ["validate", "--accelerate_config", str(tmp_path / "a.yaml"), "--config"]
+    assert command.run(parser.parse_args([*line, str(tmp_path / "r.yaml")])) == 0
+    assert "no problems" in capsys.readouterr().out
+    assert command.run(parser.parse_args([*line, str(tmp_path / "bad.yaml"), "--json"])) == 1
+    assert json.loads(capsys.readouterr().out)["problems"][0]["rule"] == "optimizer_works_on_shards"
+
+
+def _step_on_shards(name: str) -> str:
+    """One step of a transformers optimizer on a module that FSDP2 has sharded; "ok" or the error."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers import Trainer, TrainingArguments
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    arguments = TrainingArguments(optim=name, use_cpu=True, output_dir="unused", report_to="none")
+    optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = optimizer_class(model.parameters(), **kwargs)
+    model(torch.randn(4, 64)).sum().backward()
+    try:
+        optimizer.step()
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error)
+    return "ok"
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "lion_32bit", "adafactor", "adamw_torch_fused"])
+def test_optimizers_fail_on_shards_as_the_rule_says(name: str) -> None:
+    outcome = run_distributed(_step_on_shards, name)[0]
+    assert (outcome != "ok") == (name in (*BITSANDBYTES_OPTIMIZERS, "adafactor")), outcome
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_bfd_packing_keeps_samples_apart_without_flash_attention(attention: str) -> None:
+    """What the packing rule rests on: position ids alone separate samples. The reference is each sample by itself;
+    float32, so that the tolerance is rounding."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny_models import make_config
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_config("llama"), attn_implementation=attention).float().eval()
+    first, second = torch.randint(3, 250, (1, 12)), torch.randint(3, 250, (1, 9))
+    positions = torch.cat([torch.arange(12), torch.arange(9)])[None]
+    with torch.no_grad():
+        alone = torch.cat([model(first).logits, model(second).logits], dim=1)
+        packed = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
