@@ -60,6 +60,10 @@ class QLoraArguments:
         default="float32",
         metadata={"help": "Dtype of the adapter's master weights.", "choices": ["float32", "bfloat16"]},
     )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={"help": "LoRA+ (arXiv 2402.12354): learning rate of LoRA B over that of LoRA A, 16 in the paper."},
+    )
     bnb_4bit_blocksize: int = field(
         default=64, metadata={"help": "Weights under one absmax in 4-bit formats; transformers only knows 64."}
     )

@@ -143,6 +143,41 @@ def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     return BlockwiseFourBitConfig(bnb_4bit_blocksize=blocksize, **settings)
 
 
+def optimizer_choice(recipe: Recipe) -> tuple[type, dict[str, Any]] | None:
+    """`optimizer_cls_and_kwargs` for the trainer: PEFT's LoRA+ groups around the recipe's `optim`, or None.
+
+    Raises:
+        ConfigError: the ratio is below 1.
+    """
+    ratio = recipe.qlora_args.loraplus_lr_ratio
+    if ratio is None:
+        return None
+    if ratio < 1:
+        raise ConfigError(
+            f"loraplus_lr_ratio={ratio} must be 1 or more (16 is the paper's). Leave it out for plain LoRA."
+        )
+    from transformers import Trainer
+
+    args = recipe.training_args
+    optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    kwargs |= {"loraplus_lr_ratio": ratio, "loraplus_weight_decay": args.weight_decay}
+    return LoraPlusFactory, {"optimizer_cls": optimizer_cls, **kwargs}
+
+
+class LoraPlusFactory:
+    """What the Trainer calls to make an optimizer that needs to see parameter names."""
+
+    def __call__(
+        self, model: Any, *, optimizer_cls: type[torch.optim.Optimizer], **kwargs: Any
+    ) -> torch.optim.Optimizer:
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer = create_loraplus_optimizer(model, optimizer_cls, **kwargs)
+        # PEFT leaves groups empty, and torch.distributed.checkpoint cannot resume more than one empty group.
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+
 def resume_point(args: SFTConfig) -> str | None:
     """The checkpoint `resume_from_checkpoint` means: a folder, "true" (the last one), "auto" (the last, if any).
 

@@ -23,6 +23,7 @@ from hf_fsdp_qlora.train import (
     load_datasets,
     load_tokenizer,
     model_dtype,
+    optimizer_choice,
     parse_recipe,
     quantization_config,
     resume_point,
@@ -68,6 +69,7 @@ def main(recipe: Recipe) -> int:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         callbacks=callbacks,
+        optimizer_cls_and_kwargs=optimizer_choice(recipe),
     )
 
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -51,6 +51,7 @@ def make_trainer(
     lora: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     callbacks: list[TrainerCallback] | None = None,
+    optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     **config: Any,
 ) -> SFTTrainer:
     """A stock SFTTrainer around what `load_model` returns: accumulation, clipping, checkpointing, tiny everything."""
@@ -71,6 +72,7 @@ def make_trainer(
         eval_dataset=make_data(8, seed=1),
         processing_class=make_tokenizer(),
         callbacks=callbacks,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
     )
 
 
