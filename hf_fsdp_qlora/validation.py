@@ -25,7 +25,8 @@ from hf_fsdp_qlora.resources import find_accelerate_config
 
 DEFAULTS: dict[str, Any] = {
     "adapter_name_or_path": None, "adapter_dtype": "float32", "assistant_only_loss": False,
-    "attn_implementation": None, "completion_only_loss": None, "dataset_format": None, "bf16": None, "bnb_4bit_blocksize": 64, "bnb_4bit_quant_storage": None,
+    "attn_implementation": None, "bf16": None, "bnb_4bit_blocksize": 64, "bnb_4bit_quant_storage": None,
+    "completion_only_loss": None, "dataset_format": None,
     "dtype": "float32", "fp16": False, "fsdp": None,
     "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "load_best_model_at_end": False,
     "load_in_4bit": False, "load_in_8bit": False, "lora_dropout": 0.05, "lora_modules_to_save": None, "lora_r": 16,
