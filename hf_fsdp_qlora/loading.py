@@ -26,20 +26,23 @@ from transformers import PreTrainedModel
 
 from hf_fsdp_qlora.checkpoint import find_checkpoint, index_checkpoint
 from hf_fsdp_qlora.distributed import same_outcome, world_size
+from hf_fsdp_qlora.dora import initialize_magnitudes
 from hf_fsdp_qlora.engine import (
-    Engine,
+    check_offload,
     reshard_after_forward,
+    resolve_device,
     resolve_engine,
     resolve_offload,
     resolve_storage_dtype,
 )
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.integrity import check_integrity
-from hf_fsdp_qlora.lora import add_adapter, initialize_adapters, load_adapter_weights
+from hf_fsdp_qlora.lora import ADAPTER_NAME, add_adapter, initialize_adapters, load_adapter_weights
 from hf_fsdp_qlora.lora_config import check_peft_config, read_adapter_config
-from hf_fsdp_qlora.quantization import backend_for_config
+from hf_fsdp_qlora.prequantized import pack_checkpoint, replace_packed_linears, runtime_config, take_stored_config
+from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
 from hf_fsdp_qlora.report import make_report
-from hf_fsdp_qlora.sharding import Offload, apply_fsdp2, materialize
+from hf_fsdp_qlora.sharding import apply_fsdp2, materialize
 from hf_fsdp_qlora.skeleton import build_skeleton, decoder_layers, replace_linears
 from hf_fsdp_qlora.trainer_compat import attach
 from hf_fsdp_qlora.weights import PlannedWeight, fill, match_checkpoint
@@ -77,8 +80,10 @@ def load_model(
     Args:
         model_name_or_path: hub id or local folder.
         quantization_config: transformers' `BitsAndBytesConfig(load_in_4bit=True, ...)` or one of this package's
-            configs; None loads without quantisation. `llm_int8_skip_modules` is honoured; `bnb_4bit_compute_dtype`
-            at its default (float32) means `dtype`, `bnb_4bit_quant_storage` at its default (uint8) means "choose".
+            configs; None loads the checkpoint as it is: unquantised, or if it was saved by stock transformers in
+            bitsandbytes 4 bits, with exactly those bytes. `llm_int8_skip_modules` is honoured;
+            `bnb_4bit_compute_dtype` at its default (float32) means `dtype`, `bnb_4bit_quant_storage` at its default
+            (uint8) means "choose".
         peft_config: PEFT's `LoraConfig`; None adds no adapter.
         dtype: what weights are cast to before they are quantised, what they dequantise to, and the compute dtype
             under FSDP2. A torch dtype or its name.
@@ -105,30 +110,39 @@ def load_model(
     name = os.fspath(model_name_or_path)
     dtype = _as_dtype(dtype)
     engine = resolve_engine(fsdp)
-    device = PartialState().device
+    device = resolve_device()
     hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir,
                   "local_files_only": local_files_only, "subfolder": subfolder}  # fmt: skip
     adapter_kwargs = {key: hub_kwargs[key] for key in ("token", "cache_dir", "local_files_only")}
 
     with same_outcome("preparing the model"):
-        placement = _check_offload(resolve_offload(offload), engine)
-        storage_dtype = resolve_storage_dtype(quantization_config, engine)
+        placement = resolve_offload(offload)
+        check_offload(placement, engine, device)
         model = build_skeleton(
             name, dtype=dtype, trust_remote_code=trust_remote_code, hub_kwargs=hub_kwargs, model_kwargs=model_kwargs
         )
+        stored_config = take_stored_config(model.config)
+        if stored_config is not None:
+            quantization_config = runtime_config(stored_config, quantization_config)
+        storage_dtype = resolve_storage_dtype(quantization_config, engine)
         wanted = model.state_dict(keep_vars=True)
         layers = decoder_layers(model)
         kept: list[str] = []
-        if quantization_config is not None:
+        if quantization_config is not None and stored_config is None:
             kept = replace_linears(
                 model,
                 backend_for_config(quantization_config, dtype),
-                skip_modules=quantization_config.llm_int8_skip_modules,
+                skip_modules=skip_modules(quantization_config),
                 storage_dtype=storage_dtype,
             )
     files = _download(name, hub_kwargs)
     with same_outcome("matching the checkpoint to the model"):
-        matched, unused = match_checkpoint(model, wanted, index_checkpoint(files))
+        tensors = index_checkpoint(files)
+        if stored_config is not None:
+            tensors = pack_checkpoint(tensors, quantization_config, dtype)
+        matched, unused = match_checkpoint(model, wanted, tensors)
+        if stored_config is not None:
+            kept = replace_packed_linears(model, matched, quantization_config, storage_dtype=storage_dtype)
         weights = [PlannedWeight(*_owner(model, key), tensor) for key, tensor in matched.items()]
         root: PeftModel | PreTrainedModel = model
         if adapter_name_or_path is not None:
@@ -161,6 +175,7 @@ def load_model(
                 load_adapter_weights(root, adapter_name_or_path, **adapter_kwargs)  # type: ignore[arg-type]
         elif peft_config is not None:
             initialize_adapters(root, seed)  # type: ignore[arg-type]
+        initialize_magnitudes(root, ADAPTER_NAME, keep_magnitudes=adapter_name_or_path is not None)
 
     _check_nothing_on_meta(root)
     check_integrity(root, max_groups=CHECKED_GROUPS)
@@ -177,14 +192,6 @@ def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if resolved not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(f"dtype={dtype!r} is not one to load weights in; use bfloat16, float16 or float32.")
     return resolved
-
-
-def _check_offload(offload: Offload, engine: Engine) -> Offload:
-    if offload != "none" and engine != "fsdp2":
-        raise ConfigError(
-            f"offload={offload!r} needs FSDP2, also on one GPU. Launch with accelerate_configs/fsdp2_offload.yaml."
-        )
-    return offload
 
 
 def _download(name: str, hub_kwargs: dict[str, Any]) -> list[Any]:

@@ -7,6 +7,7 @@ cannot load yet is refused here, by name, before a byte of the checkpoint is rea
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def replace_linears(
     """Put a `QuantizedLinear` in the place of every linear layer that stock transformers would quantise.
 
     Args:
-        skip_modules: `llm_int8_skip_modules`; None means transformers' default (the head and tied weights).
+        skip_modules: what the config leaves alone; None means transformers' default (the head and tied weights).
 
     Returns:
         Names of the linear layers left as they were, for the report.
@@ -104,43 +105,66 @@ def replace_linears(
     Raises:
         ConfigError: a decoder layer has weights that would silently stay unquantised, or nothing is quantised.
     """
-    skip = HfQuantizer.get_modules_to_not_convert(model, skip_modules, sorted(model._keep_in_fp32_modules or ()))
+    names = quantizable_linears(model, skip_modules)
+    kept = replace_named_linears(
+        model, dict.fromkeys(names, backend), storage_dtype=storage_dtype, skip=_skipped(model, skip_modules)
+    )
+    if not names:
+        raise ConfigError(
+            f"quantization_config quantises nothing in {type(model).__name__}: every linear layer matches "
+            f"the modules to skip, {skip_modules}. Remove entries, or pass quantization_config=None."
+        )
+    return kept
+
+
+def quantizable_linears(model: PreTrainedModel, skip_modules: list[str] | None) -> set[str]:
+    """Names of the linear layers that stock transformers would quantise; the head is never one of them."""
+    skip = _skipped(model, skip_modules)
     head = model.get_output_embeddings()
+    return {
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and should_convert_module(name, skip)
+    }
+
+
+def replace_named_linears(
+    model: PreTrainedModel,
+    backends: Mapping[str, QuantizationBackend],
+    *,
+    storage_dtype: torch.dtype,
+    skip: list[str] | None = None,
+) -> list[str]:
+    """Put a `QuantizedLinear` in the place of these linear layers, whatever stock transformers would do.
+
+    Args:
+        backends: the format of each, by name.
+        skip: patterns of what is left in 16 bit knowingly; by default every other linear layer.
+
+    Returns and raises as `replace_linears`.
+    """
     kept: list[str] = []
-    replaced = 0
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear:
             continue
-        if module is head or not should_convert_module(name, skip):
+        if name not in backends:
             kept.append(name)
             continue
-        model.set_submodule(
-            name,
-            QuantizedLinear(
-                module.in_features,
-                module.out_features,
-                bias=module.bias is not None,
-                backend=backend,
-                storage_dtype=storage_dtype,
-            ),
+        backends[name].check_weight(name, (module.out_features, module.in_features))
+        replacement = QuantizedLinear(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            backend=backends[name],
+            storage_dtype=storage_dtype,
         )
-        replaced += 1
-    _refuse_unquantized_weights(model, skip)
-    if not replaced:
-        raise ConfigError(
-            f"quantization_config quantises nothing in {type(model).__name__}: every linear layer matches "
-            f"llm_int8_skip_modules={skip_modules}. Remove entries, or pass quantization_config=None."
-        )
+        model.set_submodule(name, replacement)
+    _refuse_unquantized_weights(model, kept if skip is None else skip)
     return kept
 
 
 def _refuse_unsupported_config(config: PretrainedConfig) -> None:
     name = type(config).__name__
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(
-            "The checkpoint is quantised already; only 16- and 32-bit checkpoints can be streamed into rows. "
-            "Load the original model that it was made from."
-        )
     if config.is_encoder_decoder:
         raise ConfigError(f"{name} is an encoder-decoder model; only decoder-only language models can be loaded.")
     if config.sub_configs and config.get_text_config() is not config:
@@ -152,6 +176,10 @@ def _refuse_unsupported_config(config: PretrainedConfig) -> None:
         getattr(config, "auto_map", None) or {}
     ):
         raise ConfigError(f"transformers has no causal language model for {name}.")
+
+
+def _skipped(model: PreTrainedModel, skip_modules: list[str] | None) -> list[str]:
+    return HfQuantizer.get_modules_to_not_convert(model, skip_modules, sorted(model._keep_in_fp32_modules or ()))
 
 
 def _refuse_float32_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -187,5 +215,6 @@ def _refuse_unquantized_weights(model: PreTrainedModel, skip: list[str]) -> None
             )
         raise ConfigError(
             f"{name} ({kind}) would stay unquantised: only nn.Linear itself is replaced. Add "
-            f"{name.split('.')[-2]!r} to llm_int8_skip_modules to keep it in 16 bit knowingly."
+            f"{name.split('.')[-2]!r} to the modules that the config skips (llm_int8_skip_modules for bitsandbytes) "
+            "to keep it in 16 bit knowingly."
         )

@@ -2,7 +2,8 @@
 
 Every rank walks the same list in the same order and reads only its own part of each tensor, so a node reads the
 checkpoint once. Quantised weights are cut by rows, everything else by dim 0 as FSDP2 cuts it. With replicated rows
-(DDP) each rank quantises its part and the parts are gathered.
+(DDP) each rank quantises its part and the parts are gathered. Where the backend must see a whole tensor, the ranks
+take turns: each reads and quantises a tensor of its own, and the rows are handed out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +30,8 @@ from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.formats import shard_range
 from hf_fsdp_qlora.integrity import fingerprint
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
+from hf_fsdp_qlora.owners import quantize_and_hand_out
+from hf_fsdp_qlora.quantization.stored import PackedWeight
 from hf_fsdp_qlora.sharding import local_range, local_tensor
 
 OLD_ROTARY_KEYS = r"rotary_emb\.inv_freq"
@@ -51,6 +56,13 @@ class PlannedWeight:
     def is_quantized(self) -> bool:
         """Whether the values become rows."""
         return isinstance(self.module, QuantizedLinear) and self.name == "weight"
+
+    @property
+    def needs_owner(self) -> bool:
+        """Whether one rank must quantise the whole tensor."""
+        if not self.is_quantized or isinstance(self.stored, PackedWeight):
+            return False
+        return cast(QuantizedLinear, self.module).backend.whole_tensor
 
     @property
     def target(self) -> Tensor:
@@ -117,21 +129,47 @@ def fill(weights: Sequence[PlannedWeight], *, device: torch.device) -> int:
         OSError: on the ranks that could not read; RuntimeError on the others.
     """
     weights = sorted(weights, key=lambda weight: (str(weight.stored.path), weight.stored.offset))
-    slices = [TensorSlice(weight.stored, *_elements(weight)) for weight in weights]
+    slices = [_slices(weight, owner) for weight, owner in zip(weights, _owners(weights), strict=True)]
+    pieces = [piece for of_weight in slices for piece in of_weight]
     errors: list[OSError] = []
-    total = sum(piece.num_bytes for piece in slices)
+    total = sum(piece.num_bytes for piece in pieces)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=rank() != 0) as progress:
-        for weight, piece, values in zip(weights, slices, _read_on(slices, device, errors), strict=True):
-            if weight.is_quantized:
-                _store_rows(weight.module, values, weight.stored.numel)  # type: ignore[arg-type]
+        stream = _read_on(pieces, device, errors)
+        round_of_owners: list[tuple[QuantizedLinear, Tensor]] = []
+        for weight, of_weight in zip(weights, slices, strict=True):
+            values = [next(stream) for _ in of_weight]
+            if weight.needs_owner:
+                round_of_owners.append((cast(QuantizedLinear, weight.module), values[0]))
+                if len(round_of_owners) == world_size():
+                    quantize_and_hand_out(round_of_owners)
+                    round_of_owners.clear()
+            elif weight.is_quantized:
+                _store_rows(weight.module, values, weight.stored)  # type: ignore[arg-type]
             else:
                 local = local_tensor(weight.target)
-                local.copy_(values.view(local.shape))
-            progress.update(piece.num_bytes)
+                local.copy_(values[0].view(local.shape))
+            progress.update(sum(piece.num_bytes for piece in of_weight))
+        if round_of_owners:
+            quantize_and_hand_out(round_of_owners)
     with same_outcome("reading the checkpoint"):
         if errors:
             raise errors[0]
     return total
+
+
+def _owners(weights: Sequence[PlannedWeight]) -> list[int | None]:
+    """The rank that reads all of each weight, or None where every rank reads its part."""
+    turn = count()
+    return [next(turn) % world_size() if weight.needs_owner else None for weight in weights]
+
+
+def _slices(weight: PlannedWeight, owner: int | None) -> list[TensorSlice]:
+    """What this rank reads: a run of the tensor, or for a weight that is quantised already, a run of each part."""
+    if owner is not None:
+        return [TensorSlice(weight.stored, 0, weight.stored.numel if owner == rank() else 0)]
+    if isinstance(weight.stored, PackedWeight):
+        return weight.stored.row_slices(*_rows_to_make(cast(QuantizedLinear, weight.module)))
+    return [TensorSlice(weight.stored, *_elements(weight))]
 
 
 def _elements(weight: PlannedWeight) -> tuple[int, int]:
@@ -154,11 +192,15 @@ def _rows_to_make(layer: QuantizedLinear) -> tuple[int, int]:
     return shard_range(layer.num_rows, rank(), world_size())
 
 
-def _store_rows(layer: QuantizedLinear, values: Tensor, numel: int) -> None:
+def _store_rows(layer: QuantizedLinear, values: list[Tensor], stored: StoredTensor) -> None:
     def gather_rows(part: Tensor) -> Tensor:
         return _gather_rows(part, layer.num_rows)
 
-    codes, stats = layer.backend.quantize(values.to(layer.dtype), numel, gather_rows)
+    if isinstance(stored, PackedWeight):
+        first, last = _rows_to_make(layer)
+        codes, stats = stored.rows(values, last - first)
+    else:
+        codes, stats = layer.backend.quantize(values[0].to(layer.dtype), stored.numel, gather_rows)
     layer.row_fingerprints = gather_rows(fingerprint(codes, stats).to(codes.device)[:, None])[:, 0].cpu()
     if not isinstance(layer.weight, DTensor):
         codes, stats = gather_rows(codes), gather_rows(stats)
