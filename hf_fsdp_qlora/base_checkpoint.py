@@ -100,10 +100,7 @@ class BaseCheckpoint:
     def copy_side_files(self, folder: Path, adapter: Path) -> None:
         """Copy generation config, licence, code and tokenizer; the adapter's tokenizer if it has one of its own."""
         own_tokenizer = (adapter / "tokenizer_config.json").is_file()
-        for name in (*_OTHER_FILES, *(path.name for path in self.folder.glob("*.py"))):
-            _copy_if_there(self.folder / name, folder)
-        for name in _TOKENIZER_FILES:
-            _copy_if_there((adapter if own_tokenizer else self.folder) / name, folder)
+        copy_side_files(self.folder, folder, tokenizer=adapter if own_tokenizer else self.folder)
 
     def write_config(self, folder: Path, changes: dict[str, Any]) -> None:
         """Write `config.json`: the base's bytes where nothing changed."""
@@ -126,7 +123,7 @@ def open_base_checkpoint(
     """
     if not name:
         raise ConfigError("The adapter names no base model; give one (base_model, or --base-model).")
-    folder = _local_folder(name, revision, token)
+    folder = local_folder(name, revision, token)
     config = json.loads((folder / "config.json").read_text())
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method")
@@ -151,8 +148,20 @@ def open_base_checkpoint(
     )  # fmt: skip
 
 
-def _local_folder(name: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
-    """The folder itself, or the hub cache's snapshot with everything but weights in it."""
+def copy_side_files(source: Path, target: Path, *, tokenizer: Path) -> None:
+    """Copy generation config, licence and code, and the tokenizer from a folder that may be another one."""
+    for name in (*_OTHER_FILES, *(path.name for path in source.glob("*.py"))):
+        _copy_if_there(source / name, target)
+    for name in _TOKENIZER_FILES:
+        _copy_if_there(tokenizer / name, target)
+
+
+def local_folder(name: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
+    """The folder itself, or the hub cache's snapshot with everything but weights in it.
+
+    Raises:
+        ConfigError: there is no such folder and no such model on the hub.
+    """
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
