@@ -295,6 +295,25 @@ def test_merge_command_compares_with_the_unmerged_model(tmp_path: Path, capsys) 
     assert found["loss_merged"] == pytest.approx(found["loss_unmerged"], abs=1e-5)
 
 
+def test_merge_command_takes_other_block_sizes(tmp_path: Path, capsys) -> None:
+    import argparse
+
+    from hf_fsdp_qlora.commands import merge
+
+    base = save_tiny_model(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    parser = argparse.ArgumentParser()
+    merge.register(parser.add_subparsers())
+    line = ["merge", str(adapter), "--output", str(tmp_path / "out"), "--into", "dequantized"]
+    with pytest.raises(ConfigError, match="--quant-type"):
+        merge.run(parser.parse_args(line))
+    line += ["--quant-type", "fp4", "--block-size", "128"]
+    with pytest.raises(ConfigError, match="block size 64"):
+        merge.run(parser.parse_args([*line, "--text", str(base / "config.json")]))
+    assert merge.run(parser.parse_args(line)) == 0
+    assert "fp4/block=128" in capsys.readouterr().out
+
+
 def test_merge_reads_scaling_as_peft_does() -> None:
     """The pattern match is ours; PEFT's is the reference."""
     patterns = {"q_proj": 1, "layers.1.*": 2, r"mlp\.up_proj": 3}

@@ -25,6 +25,7 @@ def register(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="4-bit type of training, for --into dequantized")
     parser.add_argument("--double-quant", action="store_true", help="training used double quantisation")
+    parser.add_argument("--block-size", type=int, default=64, help="weights under one absmax in training")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: the checkpoint's)")
     parser.add_argument("--device", default="cpu", help="where the arithmetic runs: cpu or cuda")
     parser.add_argument("--revision", help="revision of the base model on the hub")
@@ -71,14 +72,16 @@ def _quantization_config(args: argparse.Namespace, dtype: Any) -> Any:
         return None
     if args.into == "original" and args.text is None:
         raise ConfigError("--quant-type has no effect with --into original unless --text asks for a comparison.")
+    if args.block_size != 64 and args.text is not None:
+        raise ConfigError("--text compares with stock transformers, which knows block size 64 only. Leave one out.")
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=args.quant_type,
-        bnb_4bit_use_double_quant=args.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig
+
+    settings = dict(bnb_4bit_quant_type=args.quant_type, bnb_4bit_use_double_quant=args.double_quant)
+    if args.block_size != 64:
+        return BlockwiseFourBitConfig(bnb_4bit_blocksize=args.block_size, bnb_4bit_compute_dtype=dtype, **settings)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **settings)
 
 
 def _describe(answer: dict[str, Any]) -> str:
