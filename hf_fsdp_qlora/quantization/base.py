@@ -31,7 +31,8 @@ class QuantizationBackend(ABC):
         dtype: the dtype weights are quantised from and dequantised to.
         compute_dtype: the dtype of the matrix product.
         whole_tensor: `quantize` must see all weights of a tensor at once. One rank then reads the tensor and quantises
-            it, and the rows are handed out; otherwise every rank reads and quantises its own rows.
+            it, and the rows are handed out; otherwise every rank reads and quantises its own rows. Which weights share
+            a row is the backend's choice then; without it, a row holds a run of the flattened weight.
     """
 
     whole_tensor: bool = False

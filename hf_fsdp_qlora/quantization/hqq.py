@@ -8,7 +8,11 @@ their scales and their zeros in `dtype`, which is the precision that hqq keeps t
 A code of 3 bits is stored as a plane of 2-bit parts and a plane of 1-bit parts, exactly 3 bits; hqq packs ten codes
 into an int32.
 
-Left out: axis 0, whose groups run across all rows; scales that are quantised in turn, which hqq has deprecated.
+hqq sees the flattened weight as a matrix of groups. Along axis 1 a group is a run of weights. Along axis 0 it is a
+column, weights a tensor's length / group_size apart; a row then holds 64 neighbouring columns, and dequantising puts
+the rows side by side.
+
+Left out: scales that are quantised in turn, which hqq has deprecated.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.formats import BLOCKS_PER_ROW, hqq_rows
@@ -27,11 +32,13 @@ PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
 
 
 class HqqBackend(QuantizationBackend):
-    """Half-quadratic quantisation, grouped along the input features (axis 1).
+    """Half-quadratic quantisation.
 
     Args:
         nbits: one of `PLANES`.
         group_size: weights under one scale and zero, a multiple of 8.
+        axis: 1 for groups of neighbouring weights, 0 for groups across the tensor, which hqq finds more exact and
+            which cost a transposition whenever the weight is used.
         dtype: the dtype of weights, scales, zeros and the matrix product.
 
     Source: https://mobiusml.github.io/hqq_blog/
@@ -39,24 +46,24 @@ class HqqBackend(QuantizationBackend):
 
     whole_tensor = True
 
-    def __init__(self, *, nbits: int, group_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, *, nbits: int, group_size: int, axis: int, dtype: torch.dtype) -> None:
         if nbits not in PLANES:
             raise ConfigError(f"HqqConfig(nbits={nbits}) has no row format; use one of {', '.join(map(str, PLANES))}.")
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ConfigError(f"dtype={dtype} cannot be quantised by hqq; use bfloat16, float16 or float32.")
         self.nbits = nbits
         self.group_size = group_size
+        self.axis = axis
         self.dtype = self.compute_dtype = dtype
         self.format = hqq_rows(nbits, group_size, dtype.itemsize)
-        self.spec = f"hqq/nbits={nbits}/group={group_size}/{dtype}"
+        self.spec = f"hqq/nbits={nbits}/group={group_size}/axis={axis}/{dtype}"
 
     @classmethod
     def from_config(cls, config: Any, dtype: torch.dtype) -> HqqBackend:
         """Read transformers' `HqqConfig`. `view_as_float` has no effect: the engine chooses how bytes are viewed.
 
         Raises:
-            ConfigError: hqq is not installed, or settings differ between layers, or axis is 0, or the group size is
-                not a number.
+            ConfigError: hqq is not installed, or settings differ between layers, or the group size is not a number.
         """
         _hqq()
         if "weight_quant_params" not in config.quant_config:
@@ -65,17 +72,14 @@ class HqqBackend(QuantizationBackend):
                 "as all layers share one row format. Use nbits= and group_size=, and skip_modules= for layers to keep."
             )
         settings = config.quant_config["weight_quant_params"]
-        if settings["axis"] != 1:
-            raise ConfigError(
-                "HqqConfig(axis=0) groups weights that lie far apart, so that any run of weights would need the "
-                "statistics of nearly all groups. Use axis=1."
-            )
         if settings["group_size"] is None:
             raise ConfigError(
                 "HqqConfig(group_size=None) makes groups as wide as each layer, but all layers share one row format. "
                 "Use a number, such as 64."
             )
-        return cls(nbits=settings["nbits"], group_size=settings["group_size"], dtype=dtype)
+        return cls(
+            nbits=settings["nbits"], group_size=settings["group_size"], axis=settings["axis"], dtype=dtype
+        )
 
     @classmethod
     def skip_modules(cls, config: Any) -> list[str] | None:
@@ -94,25 +98,36 @@ class HqqBackend(QuantizationBackend):
         """See `QuantizationBackend.quantize`. Needs the whole tensor; never collective."""
         assert weights.numel() == numel, "hqq needs the whole tensor"
         quantizer, settings = _hqq()
-        # Groups are runs of the flattened weight, so a matrix of groups gives what the weight itself would.
         codes, meta = quantizer.quantize(
-            weights.view(-1, self.group_size),
+            weights.view(1, -1),  # groups follow from the flattened weight alone
             device=weights.device,
             compute_dtype=self.dtype,
             bitpack=False,
-            **settings(nbits=self.nbits, group_size=self.group_size, axis=1)["weight_quant_params"],
+            **settings(nbits=self.nbits, group_size=self.group_size, axis=self.axis)["weight_quant_params"],
         )
         rows = self.format.num_rows(numel)
         stats = [in_rows(meta[key].to(self.dtype).view(-1), rows, BLOCKS_PER_ROW) for key in ("scale", "zero")]
-        packed = pack_codes(in_rows(codes.to(torch.uint8).view(-1), rows, self.format.row_size), self.nbits)
-        return packed, torch.cat(stats, dim=1).view(torch.uint8)
+        codes = codes.to(torch.uint8)
+        if self.axis == 1:
+            codes = in_rows(codes.view(-1), rows, self.format.row_size)
+        else:
+            columns = codes.view(self.group_size, -1)
+            columns = pad(columns, (0, rows * BLOCKS_PER_ROW - columns.shape[1]))
+            codes = columns.view(self.group_size, rows, BLOCKS_PER_ROW).transpose(0, 1).reshape(rows, -1)
+        return pack_codes(codes, self.nbits), torch.cat(stats, dim=1).view(torch.uint8)
 
     def dequantize(self, codes: Tensor, stats: Tensor, shape: tuple[int, int]) -> Tensor:
         """See `QuantizationBackend.dequantize`. (code - zero) * scale, each step rounded to `dtype`, as hqq does."""
-        groups = unpack_codes(codes, self.nbits).view(-1, BLOCKS_PER_ROW, self.group_size)
-        scales, zeros = stats.view(self.dtype).view(-1, 2, BLOCKS_PER_ROW, 1).unbind(1)
-        weights = torch.sub(groups, zeros).mul_(scales)
-        return weights.view(-1)[: shape[0] * shape[1]].view(shape)
+        numel, unpacked = shape[0] * shape[1], unpack_codes(codes, self.nbits)
+        scales, zeros = stats.view(self.dtype).view(-1, 2, BLOCKS_PER_ROW).unbind(1)
+        if self.axis == 1:
+            groups = unpacked.view(-1, BLOCKS_PER_ROW, self.group_size)
+            weights = torch.sub(groups, zeros[:, :, None]).mul_(scales[:, :, None])
+            return weights.view(-1)[:numel].view(shape)
+        groups = unpacked.view(-1, self.group_size, BLOCKS_PER_ROW)
+        weights = torch.sub(groups, zeros[:, None]).mul_(scales[:, None])
+        columns = weights.transpose(0, 1).reshape(self.group_size, -1)
+        return columns[:, : numel // self.group_size].reshape(shape)
 
 
 def pack_codes(codes: Tensor, nbits: int) -> Tensor:
