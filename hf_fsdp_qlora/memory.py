@@ -101,7 +101,7 @@ def estimate_memory(
         gpus, nodes: GPUs per node, and nodes.
         offload: "none"; "base" keeps quantised rows in host memory, "all" everything (FSDP).
         dtype, adapter_dtype: of computation and unquantised weights; of trained adapters.
-        block_size, double_quant: of the 4-bit format.
+        quant_format, block_size, double_quant: how "qlora" stores the base: "nf4", "fp4", "int8" or "hqq" (4 bits).
         lora_r, lora_dropout, target_modules, modules_to_save: as in PEFT's LoraConfig.
         optimizer: transformers' name for it.
         batch_size, seq_len, gradient_accumulation_steps: per GPU.

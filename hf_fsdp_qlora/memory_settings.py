@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.formats import RowFormat, four_bit_rows
+from hf_fsdp_qlora.formats import RowFormat, four_bit_rows, hqq_rows, int8_rows
 from hf_fsdp_qlora.model_shape import ModelShape
 
 GIB = 2**30
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 METHODS = ("qlora", "lora", "full", "rotary")
+QUANT_FORMATS = ("nf4", "fp4", "int8", "hqq")
 ENGINES = ("none", "ddp", "fsdp1", "fsdp2")
 OFFLOADS = ("none", "base", "all")
 OPTIMIZER_STATE_BYTES = {
@@ -19,6 +20,7 @@ OPTIMIZER_STATE_BYTES = {
     "paged_adamw_8bit": 0, "lion_32bit": 4, "lion_8bit": 1, "sgd": 0, "adafactor": 0,
 }  # fmt: skip
 """Bytes on the GPU per trained parameter; paged states live in unified memory. Adafactor's factors are negligible."""
+HQQ_BITS = 4
 INT8_BLOCK = 128  # weights under one float32 absmax in the rotary trainer's frozen format
 
 
@@ -33,6 +35,7 @@ class MemorySettings:
     offload: str = "none"
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
+    quant_format: str = "nf4"
     block_size: int = 64
     double_quant: bool = True
     lora_r: int = 16
@@ -48,8 +51,11 @@ class MemorySettings:
     active_fraction: float | None = None
 
     def __post_init__(self) -> None:
-        choices = {"method": METHODS, "engine": ENGINES, "offload": OFFLOADS, "dtype": tuple(DTYPE_BYTES),
-                   "adapter_dtype": tuple(DTYPE_BYTES), "optimizer": tuple(OPTIMIZER_STATE_BYTES)}  # fmt: skip
+        choices = {
+            "method": METHODS, "engine": ENGINES, "offload": OFFLOADS, "quant_format": QUANT_FORMATS,
+            "dtype": tuple(DTYPE_BYTES), "adapter_dtype": tuple(DTYPE_BYTES),
+            "optimizer": tuple(OPTIMIZER_STATE_BYTES),
+        }  # fmt: skip
         problems = [
             f"{name}={getattr(self, name)!r} is unknown to the planner; use one of {', '.join(allowed)}."
             for name, allowed in choices.items()
@@ -89,11 +95,15 @@ def trainable_parameters(shape: ModelShape, settings: MemorySettings) -> int:
 
 def row_format(settings: MemorySettings) -> RowFormat | None:
     """How linear weights are stored; None where they keep their dtype."""
-    if settings.method == "qlora":
-        return four_bit_rows(settings.block_size, settings.double_quant)
     if settings.method == "rotary":
-        return RowFormat(row_size=256 * INT8_BLOCK, code_bytes=256 * INT8_BLOCK, stats_bytes=256 * 4)
-    return None
+        return int8_rows(INT8_BLOCK)
+    if settings.method != "qlora":
+        return None
+    if settings.quant_format == "int8":
+        return int8_rows(settings.block_size)
+    if settings.quant_format == "hqq":
+        return hqq_rows(HQQ_BITS, settings.block_size, DTYPE_BYTES[settings.dtype])
+    return four_bit_rows(settings.block_size, settings.double_quant)
 
 
 def _saved_numel(shape: ModelShape, modules: Sequence[str]) -> int:

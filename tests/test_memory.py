@@ -227,6 +227,21 @@ def test_planner_finds_the_largest_batch_and_a_change_that_fits() -> None:
     assert cheapest_change(shape, settings, card, host_memory_bytes=16 * GIB) != found
 
 
+def test_formats_cost_what_their_rows_cost() -> None:
+    shape = model_shape(LlamaConfig(**LLAMA_8B))
+    numel = sum(linear.numel for linear in shape.linears) * shape.num_layers
+    sizes = {}
+    for name in ("nf4", "fp4", "int8", "hqq"):
+        gpu = estimate_memory(shape, engine="none", quant_format=name).gpu
+        sizes[name] = (gpu["weights"] + gpu["statistics"]) / numel
+    assert sizes["nf4"] == sizes["fp4"] == pytest.approx(0.5 + 264 / 16384)
+    assert sizes["int8"] == pytest.approx(1 + 4 / 64)
+    assert 0.5 < sizes["hqq"] < 0.6
+    rotary = estimate_memory(shape, engine="none", method="rotary", active_fraction=0.1)
+    assert rotary.trainable_parameters == int(0.1 * shape.total_numel)
+    assert rotary.gpu["optimizer"] == 8 * rotary.trainable_parameters
+
+
 def test_dropout_keeps_more_and_unpadded_less() -> None:
     shape = model_shape(LlamaConfig(**LLAMA_8B))
     plain = estimate_memory(shape, engine="none")

@@ -16,6 +16,7 @@ from hf_fsdp_qlora.memory_settings import (
     METHODS,
     OFFLOADS,
     OPTIMIZER_STATE_BYTES,
+    QUANT_FORMATS,
     MemorySettings,
 )
 
@@ -50,7 +51,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZER_STATE_BYTES), default=defaults.optimizer, help="optim")
     parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default=defaults.dtype, help="compute dtype")
     parser.add_argument("--adapter-dtype", choices=tuple(DTYPE_BYTES), default=defaults.adapter_dtype, help="masters")
-    parser.add_argument("--block-size", type=int, default=defaults.block_size, help="weights under one absmax")
+    parser.add_argument("--quant-format", choices=QUANT_FORMATS, default=defaults.quant_format, help="of the base")
+    parser.add_argument("--block-size", type=int, default=defaults.block_size, help="weights under one scale")
     parser.add_argument("--no-double-quant", dest="double_quant", action="store_false", help="float32 absmax")
     parser.add_argument("--active-fraction", type=float, help="of the parameters, for rotary")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the repository")
