@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "lora_target_modules": None, "lora_target_parameters": None, "max_length": 1024, "model_init_kwargs": None,
     "model_name_or_path": None, "offload": None, "optim": "adamw_torch_fused", "packing": False,
     "packing_strategy": "bfd", "per_device_train_batch_size": 8, "save_only_model": False,
-    "trust_remote_code": False, "use_bnb_nested_quant": False, "use_dora": False, "use_peft": False,
+    "trust_remote_code": False, "use_bnb_nested_quant": False, "use_peft": False,
 }  # fmt: skip
 """Upstream's defaults of the keys that the rules read, so that checking needs no torch. A test compares them."""
 

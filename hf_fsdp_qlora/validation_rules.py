@@ -36,14 +36,15 @@ def distributed_type_is_supported(run: Run) -> Problem | None:
     )  # fmt: skip
 
 
-def fsdp_version_is_two(run: Run) -> Problem | None:
-    """`load_model` refuses FSDP1 (engine.py); accelerate takes 1 where the version is not set."""
-    if run.fsdp_version in (None, 2):
+def fsdp1_has_gpus(run: Run) -> Problem | None:
+    """FullyShardedDataParallelPlugin raises RuntimeError ("no available devices found") on the CPU for FSDP1 with
+    sync_module_states, which loading needs. accelerate takes version 1 where the version is not set."""
+    if run.fsdp_version != 1 or not is_true(run.accelerate.get("use_cpu")):
         return None
     return Problem(
         "fsdp_config.fsdp_version", run.fsdp("fsdp_version"),
-        "Version 1 (accelerate's default) is not supported: load_model refuses it.",
-        "Set fsdp_version: 2.",
+        "FSDP1 (accelerate's default where no version is set) needs accelerators: accelerate raises on the CPU.",
+        "Set fsdp_version: 2, as accelerate_configs/cpu_fsdp2.yaml does.",
     )  # fmt: skip
 
 
@@ -88,27 +89,16 @@ def dtype_agrees_with_mixed_precision(run: Run) -> Problem | None:
 
 
 def sync_module_states_is_on(run: Run) -> Problem | None:
-    """accelerate forces it on with a warning when only rank 0 loads; without it the other ranks keep empty weights."""
-    if run.fsdp_version != 1 or not is_true(run.fsdp("fsdp_cpu_ram_efficient_loading")):
+    """Under FSDP1 rank 0 holds the loaded rows and the other ranks empty ones until accelerate broadcasts them.
+    fsdp_cpu_ram_efficient_loading forces the broadcast on (FullyShardedDataParallelPlugin)."""
+    if run.fsdp_version != 1:
         return None
-    if is_true(run.fsdp("fsdp_sync_module_states")):
+    if is_true(run.fsdp("fsdp_sync_module_states")) or is_true(run.fsdp("fsdp_cpu_ram_efficient_loading")):
         return None
     return Problem(
         "fsdp_config.fsdp_sync_module_states", run.fsdp("fsdp_sync_module_states"),
-        "Only rank 0 has weights with fsdp_cpu_ram_efficient_loading; FSDP1 must broadcast them.",
-        "Set fsdp_sync_module_states: true.",
-    )  # fmt: skip
-
-
-def efficient_loading_is_on(run: Run) -> Problem | None:
-    """Under FSDP1 every rank otherwise holds the whole model in host memory before it is sharded."""
-    if run.fsdp_version != 1 or is_true(run.fsdp("fsdp_cpu_ram_efficient_loading")):
-        return None
-    return Problem(
-        "fsdp_config.fsdp_cpu_ram_efficient_loading",
-        run.fsdp("fsdp_cpu_ram_efficient_loading"),
-        "Every rank would hold the whole model in host memory until FSDP1 has sharded it.",
-        "Set fsdp_cpu_ram_efficient_loading: true and fsdp_sync_module_states: true.",
+        "Only rank 0 has the loaded weights until FSDP1 broadcasts them; the other ranks would train empty ones.",
+        "Set fsdp_sync_module_states: true and fsdp_cpu_ram_efficient_loading: true.",
     )  # fmt: skip
 
 
@@ -271,31 +261,30 @@ def weights_have_a_row_format(run: Run) -> Problem | None:
 
 
 def adapter_kind_is_supported(run: Run) -> Problem | None:
-    """lora_config.py refuses both: DoRA needs norms of full weights, bare parameters have no LoRA layer."""
-    for name in ("use_dora", "lora_target_parameters"):
-        if run.get(name):
-            return Problem(
-                name, run.get(name),
-                "It needs the full weights of layers, which no rank holds; load_model refuses it.",
-                f"Remove {name}. use_rslora: true with a larger lora_r is the usual substitute for DoRA.",
-            )  # fmt: skip
-    return None
+    """lora_config.py refuses target_parameters: bare parameters are not quantised and have no LoRA layer."""
+    if not run.get("lora_target_parameters"):
+        return None
+    return Problem(
+        "lora_target_parameters", run.get("lora_target_parameters"),
+        "Bare parameters (fused experts) are not quantised and have no LoRA layer; load_model refuses them.",
+        "Name linear layers in lora_target_modules.",
+    )  # fmt: skip
 
 
 def offload_has_fsdp(run: Run) -> Problem | None:
-    """load_model refuses offload without FSDP2 (loading.py)."""
+    """load_model refuses offload without FSDP (engine.py)."""
     if run.offload == "none" or run.fsdp_version is not None:
         return None
     return Problem(
         "offload", run.offload,
-        "Only FSDP2 moves layers between host and GPU, also on one GPU; load_model refuses it otherwise.",
+        "Only FSDP moves layers between host and GPU, also on one GPU; load_model refuses it otherwise.",
         "Use accelerate_configs/fsdp2_offload.yaml, or offload: none.",
     )  # fmt: skip
 
 
 RULES: tuple[Rule, ...] = (
-    distributed_type_is_supported, fsdp_version_is_two, quant_storage_survives, dtype_agrees_with_mixed_precision,
-    sync_module_states_is_on, efficient_loading_is_on, reshard_after_forward_has_its_versions_type,
+    distributed_type_is_supported, fsdp1_has_gpus, quant_storage_survives, dtype_agrees_with_mixed_precision,
+    sync_module_states_is_on, reshard_after_forward_has_its_versions_type,
     state_dict_type_is_known_to_fsdp2, checkpointing_happens_once, optimizer_works_on_shards,
     layerwise_optimizer_runs_alone, device_map_is_not_set, trainer_has_no_fsdp_of_its_own, packed_samples_stay_apart,
     packing_has_a_length, best_model_can_be_loaded, something_is_trained, weights_have_a_row_format,

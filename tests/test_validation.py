@@ -51,9 +51,9 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [({"distributed_type": "DEEPSPEED"}, RECIPE), ({"distributed_type": "MULTI_CPU"}, RECIPE)],
         [({"distributed_type": False}, RECIPE), ({"distributed_type": "MULTI_GPU"}, RECIPE)],
     ),
-    "fsdp_version_is_two": (
-        [(fsdp1(), RECIPE), ({**FSDP2, "fsdp_config": {}}, RECIPE)],
-        [(SINGLE, RECIPE)],
+    "fsdp1_has_gpus": (
+        [({**fsdp1(), "use_cpu": True}, RECIPE), ({**FSDP2, "fsdp_config": {}, "use_cpu": True}, RECIPE)],
+        [(fsdp1(), RECIPE), ({**FSDP2, "use_cpu": True}, RECIPE), (SINGLE, RECIPE)],
     ),
     "quant_storage_survives": (
         [(FSDP2, recipe(bnb_4bit_quant_storage="bfloat16")), (fsdp1(), recipe(bnb_4bit_quant_storage="float32"))],
@@ -66,12 +66,8 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [(FSDP2, recipe(dtype="float32", bf16=False)), (SINGLE, recipe(dtype="float32"))],
     ),
     "sync_module_states_is_on": (
-        [(fsdp1(fsdp_sync_module_states=False), RECIPE)],
-        [(fsdp1(), RECIPE), (fsdp2(fsdp_cpu_ram_efficient_loading=True), RECIPE)],
-    ),
-    "efficient_loading_is_on": (
-        [(fsdp1(fsdp_cpu_ram_efficient_loading=False), RECIPE)],
-        [(fsdp1(), RECIPE)],
+        [(fsdp1(fsdp_sync_module_states=False, fsdp_cpu_ram_efficient_loading=False), RECIPE)],
+        [(fsdp1(), RECIPE), (fsdp1(fsdp_sync_module_states=False), RECIPE), (FSDP2, RECIPE)],
     ),
     "reshard_after_forward_has_its_versions_type": (
         [(fsdp2(fsdp_reshard_after_forward="FULL_SHARD"), RECIPE), (fsdp1(fsdp_reshard_after_forward=True), RECIPE)],
@@ -117,7 +113,7 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [(FSDP2, recipe(use_peft=False, adapter_name_or_path="x"))],
     ),
     "weights_have_a_row_format": ([(FSDP2, recipe(load_in_8bit=True))], []),
-    "adapter_kind_is_supported": ([(FSDP2, recipe(use_dora=True))], []),
+    "adapter_kind_is_supported": ([(FSDP2, recipe(lora_target_parameters=["experts.w"]))], [(FSDP2, recipe(use_dora=True))]),
     "offload_has_fsdp": (
         [(SINGLE, recipe(offload="base"))],
         [(FSDP2, recipe(offload="base")), (fsdp2(fsdp_offload_params=True), RECIPE)],
