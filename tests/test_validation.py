@@ -113,7 +113,10 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [(FSDP2, recipe(use_peft=False, adapter_name_or_path="x"))],
     ),
     "weights_have_a_row_format": ([(FSDP2, recipe(load_in_8bit=True))], []),
-    "adapter_kind_is_supported": ([(FSDP2, recipe(lora_target_parameters=["experts.w"]))], [(FSDP2, recipe(use_dora=True))]),
+    "adapter_kind_is_supported": (
+        [(FSDP2, recipe(lora_target_parameters=["experts.w"]))],
+        [(FSDP2, recipe(use_dora=True))],
+    ),
     "offload_has_fsdp": (
         [(SINGLE, recipe(offload="base"))],
         [(FSDP2, recipe(offload="base")), (fsdp2(fsdp_offload_params=True), RECIPE)],
