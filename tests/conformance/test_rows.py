@@ -147,9 +147,13 @@ def test_moves_and_casts_change_no_byte(
     moved = nn.Sequential(copy.deepcopy(layer)).half().double().to(torch.float32).cpu()
     if torch.cuda.is_available():
         moved = moved.cuda().to(torch.bfloat16).cpu()
-    moved.load_state_dict(nn.Sequential(layer).state_dict())
-    for parameter, rows in zip(moved.parameters(), expected, strict=True):
-        assert parameter.dtype == storage_dtype and torch.equal(as_bytes(parameter), rows)
+    empty = nn.Sequential(copy.deepcopy(layer))
+    for parameter in empty.parameters():
+        parameter.zero_()
+    empty.load_state_dict(moved.state_dict())
+    for result in (moved, empty):
+        for parameter, rows in zip(result.parameters(), expected, strict=True):
+            assert parameter.dtype == storage_dtype and torch.equal(as_bytes(parameter), rows)
 
 
 @DTYPES
