@@ -60,6 +60,13 @@ class QLoraArguments:
         default="float32",
         metadata={"help": "Dtype of the adapter's master weights.", "choices": ["float32", "bfloat16"]},
     )
+    train_new_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the layers that `hf-fsdp-qlora expand` added, whole and unquantised, in place of LoRA. "
+            "The model must be its output."
+        },
+    )
     loraplus_lr_ratio: float | None = field(
         default=None,
         metadata={"help": "LoRA+ (arXiv 2402.12354): learning rate of LoRA B over that of LoRA A, 16 in the paper."},

@@ -18,7 +18,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftType, TaskType
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import DUMMY_TARGET_MODULES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -174,6 +174,8 @@ def _trained_init_problems(config: LoraConfig) -> Iterable[str]:
 def _target_problems(config: LoraConfig, model: PreTrainedModel) -> Iterable[str]:
     names = targeted_modules(config, model)
     modules = dict(model.named_modules())
+    if config.target_modules == DUMMY_TARGET_MODULES and config.modules_to_save:
+        return  # PEFT's own word for no LoRA at all: only modules_to_save are trained
     if not names:
         yield (
             f"target_modules={_shown(config.target_modules)} (with exclude_modules, modules_to_save and "

@@ -24,8 +24,11 @@ from hf_fsdp_qlora.errors import ConfigError
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset, IterableDataset
+    from peft import PeftConfig
     from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
     from trl import SFTConfig
+
+    from hf_fsdp_qlora.expand import Expansion
 
 logger = logging.getLogger(__name__)
 
@@ -136,11 +139,30 @@ def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     dtype = str(model_dtype(recipe)).removeprefix("torch.")
     config = get_quantization_config(dataclasses.replace(recipe.model_args, dtype=dtype))
     blocksize = recipe.get("bnb_4bit_blocksize")
-    if config is None or not config.load_in_4bit or blocksize == 64:
-        return config
-    keys = ("quant_type", "use_double_quant", "compute_dtype", "quant_storage")
-    settings = {f"bnb_4bit_{key}": getattr(config, f"bnb_4bit_{key}") for key in keys}
-    return BlockwiseFourBitConfig(bnb_4bit_blocksize=blocksize, **settings)
+    if config is not None and config.load_in_4bit and blocksize != 64:
+        keys = ("quant_type", "use_double_quant", "compute_dtype", "quant_storage")
+        settings = {f"bnb_4bit_{key}": getattr(config, f"bnb_4bit_{key}") for key in keys}
+        config = BlockwiseFourBitConfig(bnb_4bit_blocksize=blocksize, **settings)
+    if config is not None and recipe.get("train_new_layers"):
+        config.llm_int8_skip_modules = _expansion(recipe).new_modules
+    return config
+
+
+def adapter_config(recipe: Recipe) -> PeftConfig | None:
+    """What is trained: LoRA as TRL builds it, or the layers that `expand` added; None to continue a saved adapter.
+
+    Raises:
+        ConfigError: `train_new_layers` with a model that `expand` has not written.
+    """
+    from trl import get_peft_config
+
+    from hf_fsdp_qlora.new_layers import new_layers_config
+
+    if recipe.get("adapter_name_or_path"):
+        return None
+    if recipe.get("train_new_layers"):
+        return new_layers_config(_expansion(recipe))
+    return get_peft_config(recipe.model_args)
 
 
 def optimizer_choice(recipe: Recipe) -> tuple[type, dict[str, Any]] | None:
@@ -213,6 +235,13 @@ def save_report(report: Any, args: SFTConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(report), indent=2, default=str)
         (folder / "load_report.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _expansion(recipe: Recipe) -> Expansion:
+    from hf_fsdp_qlora.base_checkpoint import local_folder
+    from hf_fsdp_qlora.expand import read_expansion
+
+    return read_expansion(local_folder(recipe.get("model_name_or_path"), recipe.get("model_revision"), None))
 
 
 def _clone_chat_template(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase) -> list[str]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import sys
 
 import torch
-from trl import SFTTrainer, get_peft_config
+from trl import SFTTrainer
 
 from hf_fsdp_qlora import ConfigError, MemoryCallback, ThroughputCallback, WeightIntegrityCallback, load_model
 from hf_fsdp_qlora.callbacks import InterruptCallback
 from hf_fsdp_qlora.config import Recipe
 from hf_fsdp_qlora.distributed import same_outcome
 from hf_fsdp_qlora.train import (
+    adapter_config,
     configure_logging,
     load_datasets,
     load_tokenizer,
@@ -45,7 +46,7 @@ def main(recipe: Recipe) -> int:
     model = load_model(
         model_args.model_name_or_path,
         quantization_config=quantization_config(recipe),
-        peft_config=None if ours.adapter_name_or_path else get_peft_config(model_args),
+        peft_config=adapter_config(recipe),
         dtype=model_dtype(recipe),
         fsdp=ours.fsdp_engine,
         offload=ours.offload,

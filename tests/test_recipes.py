@@ -23,7 +23,7 @@ ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").rglob("*.yaml"))
 
 
 def test_every_recipe_and_config_is_found() -> None:
-    assert len(RECIPES) == len(recipe_names()) == 5
+    assert len(RECIPES) == len(recipe_names()) == 6
     assert len(ACCELERATE_CONFIGS) == len(accelerate_config_names()) == 5
 
 
