@@ -76,11 +76,14 @@ def _full_story(model_path: str, output_dir: str) -> dict[str, Any]:
     evaluated = trainer.evaluate()["eval_loss"]
     trainer.train()
     trainer.save_model(str(Path(output_dir) / "final"))
-    # Ranks that want different numbers of tokens must not leave each other in a collective.
+    forwards: list[int] = []
+    model_of(trainer).get_base_model().lm_head.register_forward_hook(lambda *_: forwards.append(1))
     count = 2 + 3 * trainer.args.process_index
     after = model_of(trainer).generate(input_ids=prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-    wrapped = type(trainer.model_wrapped).__name__
-    return {**report(trainer), "before": before, "evaluated": evaluated, "after": after.tolist(), "wrapped": wrapped}
+    return {
+        **report(trainer), "before": before, "evaluated": evaluated, "after": after.tolist(),
+        "forwards": len(forwards), "wrapped": type(trainer.model_wrapped).__name__,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -94,6 +97,8 @@ def test_trainer_gives_the_same_run_on_every_engine(name: str, finished: Finishe
         assert result["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-2)  # batches are padded differently
         assert result["dtypes"] == {"torch.float32"}, "TRL or accelerate cast the adapters"
         assert (result["wrapped"] == "DistributedDataParallel") == (name == "ddp")
+        # A rank that is done goes on for the others, which would wait for its shards.
+        assert result["forwards"] == (ranks[-1] if name.startswith("fsdp2") else result)["forwards"]
         assert result["after"][0][:9] == expected["after"][0]
     assert max(expected["grad_norms"]) > 0.1, "clipping never happened, so it was not tested"
     assert_close(adapter(folder / "final"), adapter(finished["one-process"][0] / "final"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_fsdp_qlora.distributed import rank
@@ -48,13 +49,40 @@ def prepare_model(model: PreTrainedModel | PeftModel, attached: Attachment) -> N
     if isinstance(model, PeftModel):
         model.save_pretrained = functools.partial(_save_pretrained, model)  # type: ignore[method-assign]
     if attached.engine == "fsdp2":
-        for module in filter(is_sharded, model.modules()):
+        sharded: list[Any] = [module for module in model.modules() if is_sharded(module)]
+        for module in sharded:
             _restore_class_name(type(module))
-        # transformers' generation asks this attribute whether ranks that are done must go on for the others:
-        # https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/generation/utils.py (synced_gpus)
-        base._is_fsdp_managed_module = True
-        # The Trainer registers it too, but only when training begins.
+        model.register_forward_hook(functools.partial(_forget_skipped_modules, sharded))
+        _set_compute_device(base)
+        # torch asks for this; the Trainer does it too, but only when training begins. Twice is fine.
         allow_forward_method(model, "generate")
+
+
+def _forget_skipped_modules(sharded: list[Any], *_: Any) -> None:
+    """After a forward without backward, let FSDP2 gather the group [final norm, head] again.
+
+    TRL's fused head never calls `lm_head`, so the group's forward is never complete and FSDP2 does not gather it for
+    the next one, which fails if a save has sharded it in between (evaluate, save, train). Backward clears the mark.
+    Fixed in torch by https://github.com/pytorch/pytorch/pull/180428; can go when torch 2.11 is no longer supported.
+    """
+    if not torch.is_grad_enabled():
+        for module in sharded:
+            module._get_fsdp_state()._modules_to_run_forward.clear()
+
+
+def _set_compute_device(base: PreTrainedModel) -> None:
+    """Under CPU offload, let `base.device` say where the model computes.
+
+    transformers takes the device of the first parameter, and generation moves its inputs there, to the CPU:
+    https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/modeling_utils.py (device)
+    The property is overridden in a class of this instance alone. Can go when generation follows its inputs' device.
+    """
+    shards = [parameter for parameter in base.parameters() if isinstance(parameter, DTensor)]
+    if shards and shards[0].device.type != shards[0].device_mesh.device_type:
+        device = torch.device(shards[0].device_mesh.device_type, torch.accelerator.current_device_index())
+        stock = type(base)
+        members = {"device": property(lambda _: device), "__module__": stock.__module__}
+        base.__class__ = type(stock.__name__, (stock,), members)
 
 
 def _leave_out_frozen(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
