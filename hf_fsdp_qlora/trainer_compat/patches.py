@@ -192,8 +192,9 @@ def _patched_save_fsdp_model(stock: Any) -> Any:
 
 
 def _patched_load_from_checkpoint(stock: Any) -> Any:
-    """Resume weights from the PEFT directory, whatever engine saved it. PEFT's own `load_adapter` cannot load into
-    sharded parameters, and accelerate reads only what its own engine wrote. Can go with `_patched_save_fsdp_model`."""
+    """Resume weights from the PEFT directory, whatever engine saved it, and refuse one that does not fit. Stock code
+    goes by the files it finds: accelerate's (none here), else PEFT's `load_adapter`, which skips tensors it does not
+    know and fails on one rank alone. Can go with `_patched_save_fsdp_model`."""
 
     @functools.wraps(stock)
     def _load_from_checkpoint(trainer: Trainer, resume_from_checkpoint: str, model: Any = None) -> None:
