@@ -2,8 +2,9 @@
 
 A safetensors file begins with a header that lists everything in it, but what `quantize` and `expand` write is known
 only tensor by tensor. So room for the header is left at the front and filled in last; the format allows spaces behind
-the JSON. The data must have no gaps and every tensor must be aligned to its item size, or torch cannot view it: a
-tensor of a multiple of 8 bytes is written at once, the few others wait and end the file, widest dtype first.
+the JSON. The data must have no gaps, and every tensor is aligned to its item size as safetensors' own writer does it,
+for readers that map the file: a tensor of a multiple of 8 bytes is written at once, the few others wait and end the
+file, widest dtype first.
 
 Source: https://github.com/huggingface/safetensors#format
 """

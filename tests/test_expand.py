@@ -86,7 +86,8 @@ def test_command_names_the_new_layers_and_copies_the_rest(tmp_path: Path, capsys
     base = save_tiny_model(tmp_path / "base")
     make_tokenizer().save_pretrained(base)
     assert main(["expand", str(base), str(tmp_path / "out"), "--new-layers", "2"]) == 0
-    assert "model.layers.1, model.layers.3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "model.layers.1, model.layers.3" in printed and "self_attn.o_proj and mlp.down_proj" in printed
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {path.name for path in base.iterdir()} | {"expansion.json"}
     old, new = (json.loads((path / "config.json").read_text()) for path in (base, tmp_path / "out"))

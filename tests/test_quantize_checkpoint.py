@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_fsdp_qlora import ConfigError, load_model
+from hf_fsdp_qlora.checkpoint import read_header
 from hf_fsdp_qlora.checkpoint_writer import CheckpointWriter
 from hf_fsdp_qlora.cli import main
 from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig
@@ -152,5 +153,8 @@ def test_writer_keeps_every_tensor_aligned_and_every_shard_within_its_header(tmp
     assert len(files) == 2 and index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values()) + 16_000
     read = {key: value for file in files for key, value in load_file(file).items()}
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items()) and read["many.1999"] == 1999
+    stored = read_header(files[0])
+    assert stored.keys() >= tensors.keys()
+    assert all(tensor.offset % tensor.dtype.itemsize == 0 for tensor in stored.values())
     with safe_open(files[0], "pt") as file:
         assert file.metadata() == {"format": "pt"}
