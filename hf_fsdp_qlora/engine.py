@@ -25,28 +25,23 @@ def resolve_engine(fsdp: str) -> Engine:
     """The engine to load for. Opens the process group if a launcher started several processes.
 
     Args:
-        fsdp: "auto" for what accelerate's environment says; "fsdp2" or "none" to overrule it.
+        fsdp: "auto" for what accelerate's environment says; "fsdp2", "fsdp1" or "none" to overrule it.
 
     Raises:
         ConfigError: the engine is unknown or not supported.
     """
     if fsdp == "auto":
         fsdp = f"fsdp{os.environ.get('FSDP_VERSION', '1')}" if _flag("ACCELERATE_USE_FSDP") else "none"
-    if fsdp == "fsdp1":
-        raise ConfigError(
-            "FSDP1 is not supported by this version of hf_fsdp_qlora. Set fsdp_version: 2 in the accelerate config "
-            "(the shipped accelerate_configs/fsdp2.yaml does)."
-        )
-    if fsdp not in ("fsdp2", "none"):
-        raise ConfigError(f"fsdp={fsdp!r} is unknown; use 'auto', 'fsdp2' or 'none'.")
+    if fsdp not in ("fsdp2", "fsdp1", "none"):
+        raise ConfigError(f"fsdp={fsdp!r} is unknown; use 'auto', 'fsdp2', 'fsdp1' or 'none'.")
     state = PartialState()
-    if fsdp == "fsdp2":
+    if fsdp != "none":
         if not dist.is_initialized():
             raise ConfigError(
-                "FSDP2 needs a process group, also for one process: start the script with `accelerate launch "
-                "--config_file ...` or torchrun, or pass fsdp='none'."
+                f"{fsdp.upper()} needs a process group, also for one process: start the script with `accelerate "
+                "launch --config_file ...` or torchrun, or pass fsdp='none'."
             )
-        return "fsdp2"
+        return fsdp  # type: ignore[return-value]
     return "ddp" if state.num_processes > 1 else "none"
 
 
@@ -64,11 +59,12 @@ def check_offload(offload: Offload, engine: Engine, device: torch.device) -> Non
     Raises:
         ConfigError: the engine has no offload, or gradients on the host could not be reduced.
     """
-    if offload != "none" and engine != "fsdp2":
+    if offload != "none" and engine not in ("fsdp1", "fsdp2"):
         raise ConfigError(
-            f"offload={offload!r} needs FSDP2, also on one GPU. Launch with accelerate_configs/fsdp2_offload.yaml."
+            f"offload={offload!r} needs FSDP2 or FSDP1, also on one GPU. Launch with "
+            "accelerate_configs/fsdp2_offload.yaml or fsdp1_offload.yaml."
         )
-    if offload == "all" and device.type == "cuda" and "cpu:" not in dist.get_backend_config():
+    if engine == "fsdp2" and offload == "all" and device.type == "cuda" and "cpu:" not in dist.get_backend_config():
         raise ConfigError(
             "offload='all' puts gradients on the host, and the process group cannot reduce them there. Set "
             "fsdp_offload_params: true in the accelerate config, so that accelerate opens a gloo backend too."
@@ -93,16 +89,28 @@ def reshard_after_forward() -> bool:
     return _flag("FSDP_RESHARD_AFTER_FORWARD", default=True)
 
 
-def resolve_storage_dtype(quantization_config: Any, engine: Engine) -> torch.dtype:
-    """The dtype under which rows are stored: uint8, or float32 views where FSDP2 shards them.
+def resolve_storage_dtype(quantization_config: Any, engine: Engine, dtype: torch.dtype) -> torch.dtype:
+    """The dtype under which rows are stored.
+
+    uint8; float32 views where FSDP2 shards them; under FSDP1 the model's dtype, because a flat parameter has one dtype
+    for everything in it, and because a mixed-precision policy leaves parameters alone that are in its dtype already.
 
     Args:
         quantization_config: `bnb_4bit_quant_storage` is read if there is one; uint8, its default, means "choose".
+        dtype: of everything that is not quantised, FSDP1's mixed-precision `param_dtype`.
 
     Raises:
         ConfigError: the engine would damage bytes that are stored this way.
     """
     wanted = getattr(quantization_config, "bnb_4bit_quant_storage", torch.uint8)
+    if engine == "fsdp1":
+        if wanted not in (torch.uint8, dtype):
+            raise ConfigError(
+                f"bnb_4bit_quant_storage={wanted} with FSDP1 and dtype={dtype} would be cast as if the bytes were "
+                "numbers: flat parameters have one dtype, the mixed-precision one. Leave bnb_4bit_quant_storage at "
+                f"its default, or set it to {dtype}."
+            )
+        return dtype
     if engine != "fsdp2":
         return wanted
     if wanted not in (torch.uint8, torch.float32):
@@ -111,6 +119,11 @@ def resolve_storage_dtype(quantization_config: Any, engine: Engine) -> torch.dty
             "when shards are copied). Leave bnb_4bit_quant_storage at its default."
         )
     return torch.float32
+
+
+def mixed_precision() -> str:
+    """accelerate's `mixed_precision`: "no", "bf16", "fp16", ... The training arguments set the variable too."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 
 def _flag(name: str, default: bool = False) -> bool:

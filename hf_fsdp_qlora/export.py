@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from hf_fsdp_qlora.distributed import rank, same_outcome
 from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.fsdp1 import is_wrapped, parameter_shapes, plain_names, read_parameters, write_parameters
 from hf_fsdp_qlora.sharding import write_full_tensor
 
 MODEL_CARD = "README.md"
@@ -60,6 +63,10 @@ def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     Collective when the model is sharded. Frozen base weights are not gathered: `trainer_compat.attach` puts empty
     placeholders in the state dict for them.
     """
+    if is_wrapped(model):
+        names = {name: name for name in parameter_shapes(model)}
+        adapters = [adapter_entries(model, names, adapter_name=adapter) for adapter in model.peft_config]
+        return read_parameters(model, {name for entries in adapters for name in entries.values()})
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {name: tensor for name, tensor in full.items() if isinstance(tensor, torch.Tensor) and tensor.numel()}
 
@@ -83,7 +90,8 @@ def write_peft_directory(
         kept = {name: tensor for name, tensor in state_dict.items() if tensor.numel()}
         if (target / MODEL_CARD).is_file():
             shutil.copy(target / MODEL_CARD, staging)  # PEFT updates a model card that is there
-        type(model).save_pretrained(model, str(staging), state_dict=kept, **kwargs)
+        with plain_names(model):
+            type(model).save_pretrained(model, str(staging), state_dict=kept, **kwargs)
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
             place = target / file.relative_to(staging)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -96,40 +104,65 @@ def restore_adapter(model: PeftModel, directory: str | os.PathLike[str]) -> None
     """Copy saved adapters into the model's tensors in place, each rank its own part. Every rank reads the files.
 
     Args:
-        model: a PeftModel with the same adapters, plain or sharded by FSDP2.
+        model: a PeftModel with the same adapters, plain or sharded.
         directory: a PEFT directory; an adapter not called "default" is in the subdirectory of that name.
 
     Raises:
         ConfigError: files are missing or hold other tensors than the model's adapter has. On every rank.
     """
+    if is_wrapped(model):
+        _restore_under_fsdp1(model, Path(directory))
+        return
     state_dict = model.state_dict()
     for name in model.peft_config:
-        path = Path(directory) / ("" if name == "default" else name) / SAFETENSORS_WEIGHTS_NAME
+        path = _weights_of(Path(directory), name)
         live = adapter_entries(model, state_dict, adapter_name=name)
-        with same_outcome(f"reading the adapter from {path}"):
-            if not path.is_file():
-                raise ConfigError(f"There is no {path}: {directory} is no checkpoint of this model's adapter.")
-            with safe_open(path, framework="pt") as file:
-                _check_fits(path, {key: file.get_slice(key).get_shape() for key in file.keys()}, live)  # noqa: SIM118
-                with torch.no_grad():
-                    for key, tensor in live.items():
-                        write_full_tensor(tensor, file.get_tensor(key))
+        shapes = {key: tensor.shape for key, tensor in live.items()}
+        with same_outcome(f"reading the adapter from {path}"), _open_fitting(path, shapes) as file, torch.no_grad():
+            for key, tensor in live.items():
+                write_full_tensor(tensor, file.get_tensor(key))
 
 
 def adapter_entries(model: PeftModel, entries: dict[str, T], *, adapter_name: str) -> dict[str, T]:
     """Those of `entries` (by name in the model) that belong to an adapter, by their names in the adapter's file."""
-    return get_peft_model_state_dict(
-        model, state_dict=entries, adapter_name=adapter_name, save_embedding_layers=False
-    )
+    with plain_names(model):
+        return get_peft_model_state_dict(
+            model, state_dict=entries, adapter_name=adapter_name, save_embedding_layers=False
+        )
 
 
-def _check_fits(path: Path, saved: dict[str, list[int]], live: dict[str, torch.Tensor]) -> None:
+def _restore_under_fsdp1(model: PeftModel, directory: Path) -> None:
+    shapes = parameter_shapes(model)
+    for adapter in model.peft_config:
+        path = _weights_of(directory, adapter)
+        names = adapter_entries(model, {name: name for name in shapes}, adapter_name=adapter)
+        wanted = {key: shapes[name] for key, name in names.items()}
+        with same_outcome(f"reading the adapter from {path}"), _open_fitting(path, wanted) as file:
+            values = {name: file.get_tensor(key) for key, name in names.items()}
+        write_parameters(model, values)
+
+
+def _weights_of(directory: Path, adapter_name: str) -> Path:
+    return directory / ("" if adapter_name == "default" else adapter_name) / SAFETENSORS_WEIGHTS_NAME
+
+
+@contextmanager
+def _open_fitting(path: Path, live: dict[str, torch.Size]) -> Iterator[Any]:
+    """The file, if it holds just the tensors of these shapes."""
+    if not path.is_file():
+        raise ConfigError(f"There is no {path}: {path.parent} is no checkpoint of this model's adapter.")
+    with safe_open(path, framework="pt") as file:
+        _check_fits(path, {key: file.get_slice(key).get_shape() for key in file.keys()}, live)  # noqa: SIM118
+        yield file
+
+
+def _check_fits(path: Path, saved: dict[str, list[int]], live: dict[str, torch.Size]) -> None:
     problems = [f"{key} is missing" for key in live.keys() - saved.keys()]
     problems += [f"{key} is not part of the model's adapter" for key in saved.keys() - live.keys()]
     problems += [
-        f"{key} has shape {tuple(saved[key])}, the model needs {tuple(live[key].shape)}"
+        f"{key} has shape {tuple(saved[key])}, the model needs {tuple(live[key])}"
         for key in live.keys() & saved.keys()
-        if tuple(saved[key]) != tuple(live[key].shape)
+        if tuple(saved[key]) != tuple(live[key])
     ]
     if problems:
         listed = "; ".join(sorted(problems)[:3])

@@ -12,7 +12,8 @@ Left out: merging into the rows (it would quantise twice; see `merge_adapter`), 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ class QuantizedLinear(nn.Linear):
         else:
             self.register_parameter("bias", None)
         self.row_fingerprints: Tensor | None = None  # (num_rows,) int64 on the host, set by the loader
+        # Set where the parameters above are not the rows all the time (FSDP1).
+        self.fetch_rows: Callable[[], AbstractContextManager[tuple[Tensor, Tensor]]] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,15 +88,22 @@ class QuantizedLinear(nn.Linear):
 
         Collective while the rows are sharded: call it on every rank.
         """
-        return _dequantize(
-            _whole(self.weight), _whole(self.weight_stats), self.backend.spec, self.out_features, self.in_features
-        )
+        with self._whole_rows() as (codes, stats):
+            return _dequantize(codes, stats, self.backend.spec, self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.backend.spec}"
 
     def reset_parameters(self) -> None:
         """Nothing to do: rows come from a checkpoint. (`nn.Linear` would fill them with random numbers.)"""
+
+    @contextmanager
+    def _whole_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.fetch_rows is None:
+            yield _whole(self.weight), _whole(self.weight_stats)
+        else:
+            with self.fetch_rows() as rows:
+                yield rows
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         packed = {id(self.weight), id(self.weight_stats)}

@@ -25,20 +25,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
 from hf_fsdp_qlora.checkpoint import find_checkpoint, index_checkpoint
-from hf_fsdp_qlora.distributed import same_outcome, world_size
+from hf_fsdp_qlora.distributed import rank, same_outcome, world_size
 from hf_fsdp_qlora.dora import initialize_magnitudes
 from hf_fsdp_qlora.engine import (
     check_offload,
+    mixed_precision,
     reshard_after_forward,
     resolve_device,
     resolve_engine,
     resolve_offload,
     resolve_storage_dtype,
 )
-from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.fsdp1 import check_fsdp1, share_rows
 from hf_fsdp_qlora.integrity import check_integrity
 from hf_fsdp_qlora.lora import ADAPTER_NAME, add_adapter, initialize_adapters, load_adapter_weights
 from hf_fsdp_qlora.lora_config import check_peft_config, read_adapter_config
+from hf_fsdp_qlora.precision import check_precision, resolve_precision
 from hf_fsdp_qlora.prequantized import pack_checkpoint, replace_packed_linears, runtime_config, take_stored_config
 from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
 from hf_fsdp_qlora.report import make_report
@@ -58,12 +60,13 @@ def load_model(
     *,
     quantization_config: Any = None,
     peft_config: PeftConfig | None = None,
-    dtype: torch.dtype | str = torch.bfloat16,
+    dtype: torch.dtype | str | None = None,
+    precision: str | None = None,
     fsdp: str = "auto",
     offload: str | None = None,
     adapter_name_or_path: str | None = None,
     is_trainable: bool = True,
-    adapter_dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype | str | None = None,
     seed: int = 42,
     revision: str = "main",
     token: str | bool | None = None,
@@ -86,20 +89,22 @@ def load_model(
             (uint8) means "choose".
         peft_config: PEFT's `LoraConfig`; None adds no adapter.
         dtype: what weights are cast to before they are quantised, what they dequantise to, and the compute dtype
-            under FSDP2. A torch dtype or its name.
-        fsdp: "auto" reads the environment that `accelerate launch` sets; "fsdp2" and "none" overrule it.
+            under FSDP. A torch dtype or its name; bfloat16 unless `precision` says otherwise.
+        precision: a preset (precision.py) that sets this and every other dtype together; None goes by the dtypes.
+        fsdp: "auto" reads the environment that `accelerate launch` sets; "fsdp2", "fsdp1" and "none" overrule it.
         offload: "none"; "base" keeps quantised rows in pinned host memory; "all" keeps every parameter there. None
-            reads accelerate's `fsdp_offload_params`. FSDP2 only.
+            reads accelerate's `fsdp_offload_params`. FSDP only.
         adapter_name_or_path: a saved adapter to continue from, or to evaluate.
         is_trainable: False freezes the adapter of `adapter_name_or_path`.
-        adapter_dtype: of adapters and other trained parameters; float32 masters by default.
+        adapter_dtype: of adapters and other trained parameters; float32 masters unless `precision` says otherwise.
         seed: for new adapters. Values are those of `torch.manual_seed(seed); get_peft_model(...)` on one CPU
             process, for every number of ranks.
         revision, token, cache_dir, local_files_only, subfolder, trust_remote_code: as in `from_pretrained`.
         model_kwargs: `attn_implementation` and fields of the model's config, as in `from_pretrained`.
 
     Returns:
-        A `PeftModel`, or without an adapter the transformers model, in eval mode, ready for a stock trainer.
+        A `PeftModel`, or without an adapter the transformers model, in eval mode, ready for a stock trainer. Under
+        FSDP1 the trainer wraps it: until then rank 0 holds all values, and only `dequantize()` works on the others.
         `.load_report` says how many bytes are quantised, sharded and neither.
 
     Raises:
@@ -108,7 +113,7 @@ def load_model(
     """
     started = time.perf_counter()
     name = os.fspath(model_name_or_path)
-    dtype = _as_dtype(dtype)
+    numbers = resolve_precision(precision, dtype=dtype, adapter_dtype=adapter_dtype)
     engine = resolve_engine(fsdp)
     device = resolve_device()
     hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir,
@@ -118,20 +123,22 @@ def load_model(
     with same_outcome("preparing the model"):
         placement = resolve_offload(offload)
         check_offload(placement, engine, device)
+        check_precision(numbers, quantization_config, mixed_precision=mixed_precision(), engine=engine)
         model = build_skeleton(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, hub_kwargs=hub_kwargs, model_kwargs=model_kwargs
-        )
+            name, dtype=numbers.dtype, trust_remote_code=trust_remote_code, hub_kwargs=hub_kwargs,
+            model_kwargs=model_kwargs,
+        )  # fmt: skip
         stored_config = take_stored_config(model.config)
         if stored_config is not None:
             quantization_config = runtime_config(stored_config, quantization_config)
-        storage_dtype = resolve_storage_dtype(quantization_config, engine)
+        storage_dtype = resolve_storage_dtype(quantization_config, engine, numbers.dtype)
         wanted = model.state_dict(keep_vars=True)
         layers = decoder_layers(model)
         kept: list[str] = []
         if quantization_config is not None and stored_config is None:
             kept = replace_linears(
                 model,
-                backend_for_config(quantization_config, dtype),
+                backend_for_config(quantization_config, numbers.dtype),
                 skip_modules=skip_modules(quantization_config),
                 storage_dtype=storage_dtype,
             )
@@ -139,7 +146,7 @@ def load_model(
     with same_outcome("matching the checkpoint to the model"):
         tensors = index_checkpoint(files)
         if stored_config is not None:
-            tensors = pack_checkpoint(tensors, quantization_config, dtype)
+            tensors = pack_checkpoint(tensors, quantization_config, numbers.dtype)
         matched, unused = match_checkpoint(model, wanted, tensors)
         if stored_config is not None:
             kept = replace_packed_linears(model, matched, quantization_config, storage_dtype=storage_dtype)
@@ -149,25 +156,31 @@ def load_model(
             config = read_adapter_config(
                 adapter_name_or_path, model, peft_config=peft_config, is_trainable=is_trainable, **adapter_kwargs
             )
-            root = add_adapter(model, config, adapter_dtype=adapter_dtype)
+            root = add_adapter(model, config, adapter_dtype=numbers.adapter_dtype)
         elif peft_config is not None:
             check_peft_config(peft_config, model)
-            root = add_adapter(model, cast(LoraConfig, peft_config), adapter_dtype=adapter_dtype)
+            root = add_adapter(model, cast(LoraConfig, peft_config), adapter_dtype=numbers.adapter_dtype)
+        if engine == "fsdp1":
+            check_fsdp1(root, layers)
     if unused:
         logger.warning("The model has no use for %d tensors of the checkpoint: %s", len(unused), ", ".join(unused))
 
     if engine == "fsdp2":
         mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("fsdp",))
         apply_fsdp2(
-            root, layers, mesh=mesh, dtype=dtype, offload=placement, reshard_after_forward=reshard_after_forward()
-        )
+            root, layers, mesh=mesh, dtype=numbers.dtype, reduce_dtype=numbers.reduce_dtype, offload=placement,
+            reshard_after_forward=reshard_after_forward(),
+        )  # fmt: skip
     host = torch.device("cpu")
-    materialize(
-        root,
-        host if placement == "all" else device,
-        rows_device=None if placement == "none" else host,
-        buffers_device=device,
-    )
+    if engine == "fsdp1":  # the other ranks get values from rank 0 when the model is wrapped
+        share_rows(root, device)
+    if engine != "fsdp1" or rank() == 0:
+        materialize(
+            root,
+            host if placement == "all" or engine == "fsdp1" else device,
+            rows_device=None if placement == "none" else host,
+            buffers_device=host if engine == "fsdp1" else device,
+        )
     with torch.no_grad():
         read_bytes = fill(weights, device=device)
         if adapter_name_or_path is not None:
@@ -177,21 +190,14 @@ def load_model(
             initialize_adapters(root, seed)  # type: ignore[arg-type]
         initialize_magnitudes(root, ADAPTER_NAME, keep_magnitudes=adapter_name_or_path is not None)
 
-    _check_nothing_on_meta(root)
+    _check_nothing_on_meta(root, holds_parameters=engine != "fsdp1" or rank() == 0)
     check_integrity(root, max_groups=CHECKED_GROUPS)
-    attach(root, engine=engine)  # type: ignore[arg-type]
+    attach(root, engine=engine, precision=numbers, offload=placement)  # type: ignore[arg-type]
     seconds = time.perf_counter() - started
     report = make_report(root, unquantized=kept, read_bytes=read_bytes, seconds=seconds)
     root.load_report = report  # type: ignore[assignment]  # nn.Module is typed as holding tensors and modules only
     logger.info("%s: %s", name, report.summary())
     return root
-
-
-def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ConfigError(f"dtype={dtype!r} is not one to load weights in; use bfloat16, float16 or float32.")
-    return resolved
 
 
 def _download(name: str, hub_kwargs: dict[str, Any]) -> list[Any]:
@@ -208,8 +214,10 @@ def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), name
 
 
-def _check_nothing_on_meta(model: nn.Module) -> None:
-    named = [*model.named_parameters(), *model.named_buffers()]
+def _check_nothing_on_meta(model: nn.Module, *, holds_parameters: bool) -> None:
+    named: list[tuple[str, torch.Tensor]] = [*model.named_buffers()]
+    if holds_parameters:
+        named += model.named_parameters()
     left = [name for name, tensor in named if tensor.is_meta]
     if left:
         raise RuntimeError(f"{len(left)} tensors have no values after loading, a bug of this package: {left[:5]}")

@@ -35,6 +35,7 @@ from transformers.utils import cached_file
 
 from hf_fsdp_qlora.dora import QuantizedDora, dora_forward
 from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.fsdp1 import is_wrapped
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.sharding import local_tensor, write_full_tensor
 
@@ -67,7 +68,8 @@ class QuantizedLoraLinear(LoraLinear):
                 result = self.lora_variant[name].forward(self, name, x, result)
                 continue
             lora_a: Any = self.lora_A[name]
-            if not torch.is_autocast_enabled(x.device.type):
+            # A unit of FSDP1 casts its input itself, and does not show the dtype it computes in.
+            if not torch.is_autocast_enabled(x.device.type) and not is_wrapped(lora_a):
                 x = self._cast_input_dtype(x, lora_a.weight.dtype)
             update = self.lora_B[name](lora_a(self.lora_dropout[name](x))) * self.scaling[name]
             result = result + update.to(result.dtype)

@@ -64,7 +64,7 @@ def make_report(model: nn.Module, *, unquantized: list[str], read_bytes: int, se
         kind = "quantized" if id(parameter) in rows else "trainable" if parameter.requires_grad else "frozen"
         sizes[kind] += num_bytes
         part = local_tensor(parameter)
-        local += part.numel() * part.element_size()
+        local += 0 if part.is_meta else part.numel() * part.element_size()
         sharded += num_bytes if isinstance(parameter, DTensor) else 0
     return LoadReport(
         quantized_layers=len(layers),

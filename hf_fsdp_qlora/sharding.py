@@ -1,4 +1,4 @@
-"""What FSDP2 shards, in which groups and under which policies; the only module that knows `torch.distributed.fsdp`.
+"""What FSDP2 shards, in which groups and under which policies; FSDP1 is next door, in fsdp1.py.
 
 Per decoder layer there are two groups. The quantised rows form one *without* a mixed-precision policy: a policy would
 cast the bytes as if they were numbers. Everything else of the layer (adapters, norms, biases) forms the other, under
@@ -31,6 +31,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hf_fsdp_qlora import fsdp1
 from hf_fsdp_qlora.engine import Offload
 from hf_fsdp_qlora.linear import QuantizedLinear
 
@@ -41,6 +42,7 @@ def apply_fsdp2(
     *,
     mesh: DeviceMesh,
     dtype: torch.dtype,
+    reduce_dtype: torch.dtype = torch.float32,
     offload: Offload = "none",
     reshard_after_forward: bool = True,
 ) -> None:
@@ -50,13 +52,14 @@ def apply_fsdp2(
         model: the root; with adapters, the PeftModel (accelerate would shard anything else again).
         layers: the decoder layers.
         mesh: one dimension, over the ranks.
-        dtype: compute dtype; float32 means no mixed precision. Gradients are reduced in float32 in any case.
+        dtype: compute dtype; float32 means no mixed precision.
+        reduce_dtype: in which gradients are summed over the ranks.
         reshard_after_forward: free gathered layers after forward and gather them again for backward.
     """
     mixed = MixedPrecisionPolicy()
     if dtype != torch.float32:
         # Inputs are in `dtype` already; casting them too would round float32 rotary embeddings (OLMo 2 passes them).
-        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     common: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": mixed,
@@ -160,11 +163,14 @@ def write_full_tensor(parameter: Tensor, full: Tensor) -> None:
 def gathered_rows(model: nn.Module) -> Iterator[list[QuantizedLinear]]:
     """Walk over the quantised layers while their rows are whole: group by group, gathered as training gathers them.
 
-    Collective under FSDP2. A group is sharded again when the walk goes on.
+    Collective under FSDP. A group is sharded again when the walk goes on.
     """
+    if fsdp1.is_wrapped(model):
+        yield from fsdp1.gathered_units(model)
+        return
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    if not isinstance(model, FSDPModule):
-        yield layers
+    if not isinstance(model, FSDPModule):  # before FSDP1 wraps, rank 0 alone has values
+        yield [layer for layer in layers if not layer.weight.is_meta]
         return
     # Streams and groups are set up by the root's first forward; the walk may come before it.
     model._get_fsdp_state()._lazy_init()

@@ -145,7 +145,7 @@ def fill(weights: Sequence[PlannedWeight], *, device: torch.device) -> int:
                     round_of_owners.clear()
             elif weight.is_quantized:
                 _store_rows(weight.module, values, weight.stored)  # type: ignore[arg-type]
-            else:
+            elif not weight.target.is_meta:
                 local = local_tensor(weight.target)
                 local.copy_(values[0].view(local.shape))
             progress.update(sum(piece.num_bytes for piece in of_weight))
@@ -179,6 +179,8 @@ def _elements(weight: PlannedWeight) -> tuple[int, int]:
         first, last = _rows_to_make(weight.module)
         row_size = weight.module.backend.format.row_size
         return min(first * row_size, numel), min(last * row_size, numel)
+    if weight.target.is_meta:  # under FSDP1 rank 0 alone has values
+        return 0, 0
     first, last = local_range(weight.target) if weight.target.dim() else (0, 1)
     length = weight.target.shape[0] if weight.target.dim() else 1
     per_index = numel // length if length else 0

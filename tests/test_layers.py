@@ -9,11 +9,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "hf_fsdp_qlora"
 LAYERS = [
     {"errors"},
-    {"distributed", "formats"},
+    {"distributed", "formats", "precision"},
     {"checkpoint", "memory", "config", "resources", "engine"},
     {"quantization"},
     {"linear"},
-    {"sharding"},
+    {"sharding", "fsdp1"},
     {"integrity", "skeleton", "report", "export", "lora", "lora_config"},
     {"weights", "trainer_compat", "callbacks"},
     {"loading"},
@@ -52,5 +52,5 @@ def test_heavy_libraries_have_one_home() -> None:
         names = set(imported(path))
         if path.parent.name != "quantization":
             assert not any(name.split(".")[0] in ("bitsandbytes", "hqq") for name in names), path
-        if path.name != "sharding.py":
+        if path.name not in ("sharding.py", "fsdp1.py"):
             assert not any(name.startswith("torch.distributed.fsdp") for name in names), path

@@ -263,7 +263,7 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (dict(quantization_config=nf4(bnb_4bit_quant_storage="bfloat16"), fsdp="fsdp2"), "needs a process group"),
-        (dict(fsdp="fsdp1"), "fsdp_version: 2"),
+        (dict(fsdp="fsdp1"), "FSDP1 needs a process group"),
         (dict(fsdp="zero3"), "use 'auto'"),
         (dict(offload="all"), "needs FSDP2"),
         (dict(offload="some"), "use 'none', 'base'"),

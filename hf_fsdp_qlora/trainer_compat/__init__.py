@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from hf_fsdp_qlora.engine import Engine
+from hf_fsdp_qlora.engine import Engine, Offload
+from hf_fsdp_qlora.precision import Precision, resolve_precision
 from hf_fsdp_qlora.trainer_compat.logs import LogSource
 from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment, prepare_model
 from hf_fsdp_qlora.trainer_compat.patches import install
@@ -25,12 +26,20 @@ from hf_fsdp_qlora.trainer_compat.patches import install
 __all__ = ["Attachment", "LogSource", "attach", "attachment", "install"]
 
 
-def attach(model: PreTrainedModel, *, engine: Engine) -> None:
+def attach(
+    model: PreTrainedModel,
+    *,
+    engine: Engine,
+    precision: Precision | None = None,
+    offload: Offload = "none",
+) -> None:
     """Make `model` work with stock trainers. The last step of loading, after sharding and initialisation.
 
     Args:
         model: the PeftModel (the FSDP root under FSDP2), or the plain model without an adapter.
-        engine: "none" (one process), "ddp" (the Trainer will wrap it) or "fsdp2" (sharded already).
+        engine: "none" (one process), "ddp" (the Trainer will wrap it), "fsdp1" (likewise) or "fsdp2" (sharded).
+        precision: the dtypes it was loaded for; None for the default.
+        offload: what lives in host memory.
     """
     install()
-    prepare_model(model, Attachment(engine))
+    prepare_model(model, Attachment(engine, precision or resolve_precision(None), offload))

@@ -16,6 +16,7 @@ Left out: rotary training without an adapter, which has its own files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from hf_fsdp_qlora.distributed import same_outcome
+from hf_fsdp_qlora.distributed import rank, same_outcome
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.fsdp1 import is_wrapped, load_optimizer_state, optimizer_names, optimizer_state
 
 _BY_NAME, _SHARDED, _BY_POSITION = "optimizer.bin", "optimizer_0", "optimizer.pt"
 
@@ -45,6 +48,9 @@ def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     Raises:
         ValueError: the checkpoint's optimizer has other parameters than this one.
     """
+    if is_wrapped(model):
+        _restore_under_fsdp1(model, optimizer, checkpoint)
+        return
     template = get_optimizer_state_dict(model, optimizer)
     if (checkpoint / _SHARDED).is_dir():
         state = {"optimizer": template}
@@ -55,14 +61,51 @@ def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
         by_name = (checkpoint / _BY_NAME).is_file()
         file = checkpoint / (_BY_NAME if by_name else _BY_POSITION)
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if not by_name:
-            saved = _keyed_by_name(saved, template["param_groups"])
+        groups: Any = template["param_groups"]
+        names = [group["params"] for group in groups]
+        saved = _in_groups(saved, names) if by_name else _keyed_by_name(saved, names)
     set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
 
 
-def _keyed_by_name(saved: dict[str, Any], groups: Any) -> dict[str, Any]:
+def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Write the optimizer state of a model that FSDP1 wrapped, keyed by parameter name. Collective."""
+    state = optimizer_state(model, optimizer)
+    with same_outcome(f"saving the optimizer state to {checkpoint}"):
+        if rank() == 0:
+            torch.save(state, checkpoint / _BY_NAME)
+
+
+def _restore_under_fsdp1(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    with same_outcome(f"reading the optimizer state from {checkpoint}"):
+        if (checkpoint / _SHARDED).is_dir():
+            raise ConfigError(
+                f"{checkpoint} has a sharded optimizer state (SHARDED_STATE_DICT), which FSDP1 cannot resume. Resume "
+                "it with FSDP2 or on one process, or begin from its adapter (adapter_name_or_path)."
+            )
+        by_name = (checkpoint / _BY_NAME).is_file()
+        file = checkpoint / (_BY_NAME if by_name else _BY_POSITION)
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    names = optimizer_names(model, optimizer)
+    with same_outcome(f"reading the optimizer state from {checkpoint}"):
+        saved = _in_groups(saved, names) if by_name else _keyed_by_name(saved, names)
+    load_optimizer_state(model, optimizer, saved)
+
+
+def _in_groups(saved: dict[str, Any], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Give the saved settings, group by group, to this run's groups. FSDP1's flat parameters hide the names by which the
+    Trainer finds those without weight decay, so a parameter can be in another group there."""
+    if len(groups) != len(saved["param_groups"]):
+        raise ConfigError(
+            f"The checkpoint's optimizer has {len(saved['param_groups'])} parameter groups, this run's has "
+            f"{len(groups)}. Resume with the optimizer that the checkpoint was trained with."
+        )
+    pairs = zip(saved["param_groups"], groups, strict=True)
+    return {**saved, "param_groups": [{**settings, "params": list(names)} for settings, names in pairs]}
+
+
+def _keyed_by_name(saved: dict[str, Any], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Replace positions by names: parameters come in the order of the groups, which no engine changes."""
-    names = [name for group in groups for name in group["params"]]
+    names = [name for group in groups for name in group]
     positions = [position for group in saved["param_groups"] for position in group["params"]]
     if len(names) != len(positions):
         raise ValueError(

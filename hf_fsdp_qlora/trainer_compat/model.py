@@ -16,9 +16,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_fsdp_qlora.distributed import rank
-from hf_fsdp_qlora.engine import Engine
+from hf_fsdp_qlora.engine import Engine, Offload
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.export import adapter_entries, gather_adapter, write_peft_directory
+from hf_fsdp_qlora.fsdp1 import is_wrapped
+from hf_fsdp_qlora.precision import Precision, resolve_precision
 from hf_fsdp_qlora.sharding import allow_forward_method, is_sharded
 
 _ATTRIBUTE = "hf_fsdp_qlora_attachment"
@@ -30,9 +32,13 @@ class Attachment:
 
     Attributes:
         engine: see `attach`.
+        precision: the dtypes of the run.
+        offload: what lives in host memory.
     """
 
     engine: Engine
+    precision: Precision = resolve_precision(None)
+    offload: Offload = "none"
 
 
 def attachment(model: Any) -> Attachment | None:
@@ -45,9 +51,13 @@ def prepare_model(model: PreTrainedModel | PeftModel, attached: Attachment) -> N
     setattr(model, _ATTRIBUTE, attached)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     model.register_state_dict_post_hook(_leave_out_frozen)
+    if attached.precision.autocast_dtype is not None:
+        _open_autocast({model, base}, attached.precision.autocast_dtype)
     base.resize_token_embeddings = functools.partial(_resize_token_embeddings, base)
     if isinstance(model, PeftModel):
         model.save_pretrained = functools.partial(_save_pretrained, model)  # type: ignore[method-assign]
+    if attached.engine == "fsdp1":
+        base.generate = _refuse_generate
     if attached.engine == "fsdp2":
         sharded: list[Any] = [module for module in model.modules() if is_sharded(module)]
         for module in sharded:
@@ -56,6 +66,39 @@ def prepare_model(model: PreTrainedModel | PeftModel, attached: Attachment) -> N
         _set_compute_device(base)
         # torch asks for this; the Trainer does it too, but only when training begins. Twice is fine.
         allow_forward_method(model, "generate")
+
+
+def _refuse_generate(*_: Any, **__: Any) -> None:
+    """Stands in for `generate` until the trainer has wrapped the model (wrapping.py).
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "Under FSDP1 the model can generate once the trainer has wrapped it. Call trainer.evaluate() or "
+        "trainer.train() first, or use FSDP2."
+    )
+
+
+def _open_autocast(modules: set[torch.nn.Module], dtype: torch.dtype) -> None:
+    """Run forwards under autocast, whether they begin at the adapter or, in generation, at the base model.
+
+    accelerate opens one from `mixed_precision`, but not under FSDP2:
+    https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py (_prepare_fsdp2)
+    """
+    open_ones: list[torch.autocast] = []
+
+    def enter(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        open_ones.append(torch.autocast(device, dtype))
+        open_ones[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        open_ones.pop().__exit__(None, None, None)
+
+    for module in modules:
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave, always_call=True)
 
 
 def _forget_skipped_modules(sharded: list[Any], *_: Any) -> None:
@@ -92,6 +135,8 @@ def _leave_out_frozen(module: torch.nn.Module, state_dict: dict[str, Any], prefi
     https://github.com/pytorch/pytorch/blob/v2.11.0/torch/distributed/checkpoint/state_dict.py
     Can go when `Accelerator.get_state_dict` and `Trainer._save` ask for an adapter's entries only.
     """
+    if is_wrapped(module):  # names and tensors are FSDP1's own; `gather_adapter` does not come this way then
+        return
     parameters = dict(module.named_parameters(remove_duplicate=False))
     adapter: set[str] = set()
     if isinstance(module, PeftModel):

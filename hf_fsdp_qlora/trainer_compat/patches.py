@@ -21,9 +21,17 @@ from transformers import Trainer
 from hf_fsdp_qlora.distributed import local_rank, rank, world_size
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.export import restore_adapter
+from hf_fsdp_qlora.linear import QuantizedLinear
+from hf_fsdp_qlora.precision import check_mixed_precision
 from hf_fsdp_qlora.trainer_compat.checkpoints import has_optimizer, restore_optimizer
 from hf_fsdp_qlora.trainer_compat.logs import with_log_sources
 from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment
+from hf_fsdp_qlora.trainer_compat.wrapping import (
+    patched_get_state_dict,
+    patched_prepare_model,
+    patched_save_fsdp_optimizer,
+    patched_wrap_model,
+)
 
 
 @functools.cache
@@ -33,8 +41,12 @@ def install() -> None:
         (Trainer, "create_accelerator_and_postprocess", _patched_create_accelerator),
         (Accelerator, "_prepare_fsdp2", _patched_prepare_fsdp2),
         (Accelerator, "prepare_model", _patched_prepare_model),
+        (Accelerator, "prepare_model", patched_prepare_model),
+        (Accelerator, "get_state_dict", patched_get_state_dict),
+        (Trainer, "_wrap_model", patched_wrap_model),
         (Trainer, "save_model", _patched_save_model),
         (transformers.trainer, "save_fsdp_model", _patched_save_fsdp_model),
+        (transformers.trainer, "save_fsdp_optimizer", patched_save_fsdp_optimizer),
         (Trainer, "_load_from_checkpoint", _patched_load_from_checkpoint),
         (Trainer, "_load_best_model", _patched_load_best_model),
         (Trainer, "_load_optimizer_and_scheduler", _patched_load_optimizer),
@@ -53,8 +65,9 @@ def _patched_create_accelerator(stock: Any) -> Any:
         if attached is None:
             return
         _check_settings(trainer, attached)
+        if attached.engine in ("fsdp1", "fsdp2"):
+            _enter_fsdp(trainer, attached.engine)
         if attached.engine == "fsdp2":
-            _enter_fsdp2(trainer)
             # `evaluate` before `train` would call `Accelerator.prepare` without an optimizer, which raises; there is
             # nothing to prepare. Can go with https://github.com/huggingface/transformers/issues/48841 (and 39961).
             trainer.accelerator._models.append(trainer.model)
@@ -70,10 +83,19 @@ def _check_settings(trainer: Trainer, attached: Attachment) -> None:
             'Leave load_model\'s fsdp at "auto", or launch with a config of that kind.'
         )
     seen = trainer.accelerator.num_processes
-    if attached.engine != "fsdp2" and world_size() > seen:
+    if attached.engine not in ("fsdp1", "fsdp2") and world_size() > seen:
         raise ConfigError(
             f"{world_size()} processes were launched, but accelerate sees {seen}: each would train alone. On CPU set "
             "use_cpu=True in the training arguments."
+        )
+    model: Any = trainer.model
+    formats = [m.backend.format for m in model.modules() if isinstance(m, QuantizedLinear)]
+    four_bit = any(2 * rows.code_bytes <= rows.row_size for rows in formats)
+    check_mixed_precision(attached.precision, trainer.accelerator.mixed_precision, four_bit=four_bit)
+    if attached.engine == "fsdp1" and plugin is not None and "FULL" not in str(plugin.state_dict_type):
+        raise ConfigError(
+            f"fsdp_state_dict_type: {plugin.state_dict_type.name} with FSDP1 cannot be resumed by another engine. Set "
+            "FULL_STATE_DICT: only adapters and their optimizer states are gathered, never the base."
         )
     if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
         raise ConfigError(
@@ -82,8 +104,8 @@ def _check_settings(trainer: Trainer, attached: Attachment) -> None:
         )
 
 
-def _enter_fsdp2(trainer: Trainer) -> None:
-    """Tell accelerate that this is FSDP2, where it did not find out: on CPU. With `use_cpu` it selects MULTI_CPU and
+def _enter_fsdp(trainer: Trainer, engine: str) -> None:
+    """Tell accelerate that this is FSDP, where it did not find out: on CPU. With `use_cpu` it selects MULTI_CPU and
     would wrap the model in DDP; without, it opens the process group and then believes that there is one process.
 
     https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/state.py (PartialState, AcceleratorState; no
@@ -102,7 +124,9 @@ def _enter_fsdp2(trainer: Trainer) -> None:
     vars(state).update(facts)
     # AcceleratorState copies these back whenever one is constructed, as the optimizer wrapper does.
     PartialState._shared_state.update(facts)
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)  # reads FSDP_* as Accelerator does
+    # It reads the other settings from FSDP_*, as Accelerator does. FSDP1 cannot broadcast on CPU while it wraps.
+    settings = {"fsdp_version": 2} if engine == "fsdp2" else {"fsdp_version": 1, "cpu_ram_efficient_loading": False}
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
     trainer.is_fsdp_enabled = True
 
 
@@ -144,7 +168,7 @@ def _patched_prepare_model(stock: Any) -> Any:
     def prepare_model(accelerator: Accelerator, model: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = stock(accelerator, model, *args, **kwargs)
         attached = attachment(model)
-        ours = attached is not None and attached.engine != "fsdp2"
+        ours = attached is not None and attached.engine not in ("fsdp1", "fsdp2")
         if ours and kwargs.get("evaluation_mode") and accelerator.num_processes > 1:
             prepared._is_accelerate_prepared = False
         return prepared

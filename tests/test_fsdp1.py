@@ -1,0 +1,197 @@
+"""FSDP1: the same numbers as one process and as FSDP2, on ranks that hold parts of flat parameters.
+
+accelerate cannot set FSDP1 up on CPU by itself; most tests wrap with `fsdp1.wrap`, which takes the arguments that
+accelerate is given. The last ones go through accelerate and the stock SFTTrainer all the same: `load_model`'s attachment
+tells accelerate that it is FSDP. References: one process without FSDP, and FSDP2.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hf_fsdp_qlora import fsdp1
+from hf_fsdp_qlora.callbacks import WeightIntegrityCallback
+from hf_fsdp_qlora.export import gather_adapter
+from hf_fsdp_qlora.integrity import check_integrity
+from hf_fsdp_qlora.linear import QuantizedLinear
+from hf_fsdp_qlora.loading import load_model
+from hf_fsdp_qlora.skeleton import decoder_layers
+from hf_fsdp_qlora.trainer_compat import attachment
+from tests.distributed import run_distributed
+from tests.test_loading import CPU, FSDP2, batch, nf4, plain_name
+from tests.tiny_models import save_tiny_model
+from tests.trainer_story import launch_env, make_trainer, model_of, report
+
+FSDP1 = {**CPU, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+WAYS = {"flat": False, "orig": True}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("llama"), "llama", shard_size="100KB")
+
+
+def wrap(model: Any, use_orig_params: bool) -> Any:
+    attached = attachment(model)
+    assert attached is not None and attached.engine == "fsdp1"
+    arguments = fsdp1.unit_arguments(
+        model, decoder_layers(model.get_base_model()), precision=attached.precision, offload=attached.offload,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    return fsdp1.wrap(model, arguments, use_orig_params=use_orig_params)
+
+
+def train_step(path: str, engine: str, **kwargs: Any) -> dict[str, Any]:
+    """Loss and adapter after one SGD step of size one: the difference to the start is the gradient."""
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian", lora_dropout=0.0)
+    model: Any = load_model(path, quantization_config=nf4(), peft_config=lora, **kwargs)
+    inner = model
+    early = {n: m.dequantize().clone() for n, m in inner.named_modules() if isinstance(m, QuantizedLinear)}
+    if engine in WAYS:
+        model = wrap(model, WAYS[engine])
+    start = {name: value.clone() for name, value in gather_adapter(inner).items()}
+    inner.gradient_checkpointing_enable({"use_reentrant": False})
+    inner.enable_input_require_grads()
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for _ in range(2):  # lora_B is zero at first, which hides the gradient of lora_A
+        loss = model(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    rows = check_integrity(model)
+    late = {fsdp1.clean_name(n): m.dequantize() for n, m in inner.named_modules() if isinstance(m, QuantizedLinear)}
+    assert early.keys() == late.keys() and all(torch.equal(late[name], early[name]) for name in early)
+    buffers = {fsdp1.clean_name(n): b.dtype for n, b in model.named_buffers() if "inv_freq" in n}
+    return {
+        "losses": losses, "start": start, "end": gather_adapter(inner), "rows": rows, "buffers": buffers,
+        "weights": {plain_name(name): weight for name, weight in late.items()},
+    }  # fmt: skip
+
+
+def run(path: Path, engine: str, **kwargs: Any) -> list[dict[str, Any]]:
+    if engine == "one process":
+        return run_distributed(train_step, str(path), engine, world_size=1, process_group=False, env=CPU, **kwargs)
+    env = FSDP2 if engine == "fsdp2" else FSDP1
+    return run_distributed(train_step, str(path), engine, env=env, **kwargs)
+
+
+@pytest.mark.parametrize("engine", [*WAYS, "fsdp2"])
+def test_two_ranks_equal_one_process_in_fp32(llama: Path, engine: str) -> None:
+    [expected] = run(llama, "one process", precision="fp32")
+    results = run(llama, engine, precision="fp32")
+    for result in results:
+        # Both ranks see the same batch, so that sums and means are exact: equal, not close.
+        assert result["losses"] == expected["losses"] and result["rows"] == expected["rows"] > 0
+        assert all(torch.equal(result["weights"][name], weight) for name, weight in expected["weights"].items())
+    for when in ("start", "end"):
+        assert results[0][when].keys() == expected[when].keys()
+        for name, value in expected[when].items():
+            assert torch.equal(results[0][when][name], value), (when, name)
+
+
+def launched(use_orig_params: bool) -> dict[str, str]:
+    """What `accelerate launch` sets with fsdp1.yaml, without what it cannot do on CPU (broadcast while wrapping)."""
+    env = launch_env("fsdp2")
+    del env["FSDP_RESHARD_AFTER_FORWARD"]
+    return env | {"FSDP_VERSION": "1", "FSDP_USE_ORIG_PARAMS": str(use_orig_params).lower(),
+                  "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}  # fmt: skip
+
+
+def story(model_path: str, output_dir: str, lora: dict[str, Any], resume: str | None = None) -> dict[str, Any]:
+    """Evaluate, train with checkpoints, save, generate: through the stock SFTTrainer and accelerate."""
+    trainer = make_trainer(model_path, output_dir, lora=lora, callbacks=[WeightIntegrityCallback()])
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(Path(output_dir) / "final"))
+    prompt = torch.arange(3, 10)[None]
+    count = 2 + 3 * trainer.args.process_index
+    tokens = model_of(trainer).generate(input_ids=prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    wrapped = type(trainer.model_wrapped).__name__
+    return {**report(trainer), "evaluated": evaluated, "tokens": tokens.tolist()[0], "wrapped": wrapped}
+
+
+LORAS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "saved": {"modules_to_save": ["embed_tokens", "input_layernorm"], "lora_bias": True},
+}
+RUNS = {
+    "one": (1, launch_env("plain")), "fsdp2": (2, launch_env("fsdp2")),
+    "flat": (2, launched(False)), "orig": (2, launched(True)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("model"), dtype=torch.float32))
+
+
+def launch(name: str, *args: Any) -> list[dict[str, Any]]:
+    world_size, env = RUNS[name]
+    return run_distributed(story, *args, world_size=world_size, env=env, process_group=False, timeout_s=90)
+
+
+@pytest.fixture(scope="module")
+def finished(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Finished runs by engine and kind of adapter, made when they are asked for."""
+
+    @functools.cache
+    def finish(name: str, lora: str) -> tuple[Path, list[dict[str, Any]]]:
+        folder = tmp_path_factory.mktemp(f"{name}-{lora}")
+        return folder, launch(name, model_path, str(folder), LORAS[lora])
+
+    return finish
+
+
+def adapter(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        # Adam normalises gradients, so rounding in tiny ones shows as a small part of a step of 1e-2.
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=3e-5, msg=key)
+
+
+@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize("name", WAYS)
+def test_stock_trainer_gives_the_run_of_one_process(name: str, lora: str, finished: Any) -> None:
+    reference, [expected] = finished("one", lora)
+    folder, ranks = finished(name, lora)
+    for result in ranks:
+        # The order of float32 sums differs: ranks see other parts of the batch.
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-4)
+        assert result["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-2)  # batches are padded differently
+        assert result["tokens"][:9] == expected["tokens"]
+        assert result["dtypes"] == {"torch.float32"} and result["wrapped"] == "FullyShardedDataParallel"
+    for saved in ("checkpoint-2", "checkpoint-4", "final"):
+        assert_close(adapter(folder / saved), adapter(reference / saved))
+        assert not list((folder / saved).glob("pytorch_model_fsdp*"))
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "resumed_by", "lora"),
+    [
+        ("flat", "flat", "lora"), ("orig", "flat", "saved"), ("flat", "orig", "saved"), ("flat", "fsdp2", "lora"),
+        ("fsdp2", "orig", "lora"), ("flat", "one", "saved"), ("one", "flat", "lora"),
+    ],
+)  # fmt: skip
+def test_resuming_equals_the_uninterrupted_run(
+    saved_by: str, resumed_by: str, lora: str, finished: Any, model_path: str, tmp_path: Path
+) -> None:
+    folder, ranks = finished(saved_by, lora)
+    for result in launch(resumed_by, model_path, str(tmp_path), LORAS[lora], str(folder / "checkpoint-2")):
+        assert result["losses"] == pytest.approx(ranks[0]["losses"], rel=1e-5)
+    assert_close(adapter(tmp_path / "final"), adapter(folder / "final"))
