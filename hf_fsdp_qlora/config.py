@@ -42,7 +42,15 @@ class QLoraArguments:
         default="auto",
         metadata={
             "help": "How load_model shards: auto reads what accelerate launch set.",
-            "choices": ["auto", "fsdp2", "none"],
+            "choices": ["auto", "fsdp2", "fsdp1", "none"],
+        },
+    )
+    precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "A preset for every dtype of the run: dtype, adapter_dtype, bf16, and those that FSDP stores and "
+            "reduces in. Leave these keys out then.",
+            "choices": ["bf16_fp32_adapters", "bf16_fp32_reduce", "bf16", "fp32_autocast", "fp32", "fp16"],
         },
     )
     offload: str | None = field(
@@ -126,7 +134,10 @@ class Recipe:
         """
         import torch
 
-        return self._build(_dataclasses()[1], use_cpu=not torch.accelerator.is_available())
+        from hf_fsdp_qlora.precision import recipe_values
+
+        preset = {} if self.get("precision") is None else {"bf16": recipe_values(self.get("precision"))["bf16"]}
+        return self._build(_dataclasses()[1], use_cpu=not torch.accelerator.is_available(), **preset)
 
     @cached_property
     def model_args(self) -> ModelConfig:

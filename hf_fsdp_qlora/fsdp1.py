@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
@@ -53,7 +54,13 @@ def check_fsdp1(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     Raises:
         ConfigError: naming the setting, the reason and the engine that can.
     """
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(model, PeftModel):
+        raise ConfigError(
+            "FSDP1 without an adapter would train the norms, the embeddings and the head. Pass peft_config or "
+            "adapter_name_or_path, or use FSDP2 (fsdp_version: 2, accelerate_configs/fsdp2.yaml)."
+        )
+    base: Any = model.get_base_model()
+    head: Any = base.get_output_embeddings()
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         own = list(module.named_parameters(recurse=False))
@@ -61,8 +68,6 @@ def check_fsdp1(model: nn.Module, layers: Sequence[nn.Module]) -> None:
             _refuse("use_dora", name, "the norm of each row needs lora_A and lora_B outside their forward")
         if not any(parameter.requires_grad for _, parameter in own):
             continue
-        if isinstance(module, (nn.ParameterDict, nn.ParameterList)):
-            _refuse("LoRA on embeddings, or trainable tokens", name, "these parameters have no forward of their own")
         if not all(parameter.requires_grad for _, parameter in own):
             _refuse("bias", name, "a flat parameter cannot hold trained and frozen tensors")
         if head is not None and any(part is module for part in head.modules()):
@@ -233,8 +238,11 @@ def optimizer_names(model: nn.Module, optimizer: Any) -> list[list[str]]:
 
 @contextmanager
 def plain_names(model: nn.Module) -> Iterator[None]:
-    """Let PEFT pick an adapter's entries out of a state dict: it looks modules up by name, and asks whole saved modules
-    for their own state dicts to learn their keys, which would gather them."""
+    """Let PEFT pick an adapter's entries out of a state dict.
+
+    It looks modules up by name, and asks saved modules for their own state dicts to learn their keys, which would
+    gather them.
+    """
 
     def entries_of(adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:
         prefix = f"modules_to_save.{adapter_name}."

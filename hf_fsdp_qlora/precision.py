@@ -105,6 +105,20 @@ def resolve_precision(
     return PRESETS[name]
 
 
+def recipe_values(name: str) -> dict[str, Any]:
+    """What a preset means in the keys of a recipe: `dtype`, `adapter_dtype` and `bf16`.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    preset = resolve_precision(name)
+    return {
+        "dtype": str(preset.dtype).removeprefix("torch."),
+        "adapter_dtype": str(preset.adapter_dtype).removeprefix("torch."),
+        "bf16": torch.bfloat16 in (preset.dtype, preset.autocast_dtype),
+    }
+
+
 def check_precision(precision: Precision, quantization_config: Any, *, mixed_precision: str, engine: str) -> None:
     """Refuse dtypes that contradict each other across the quantisation config, the launcher and the preset.
 

@@ -114,12 +114,28 @@ def load_datasets(
     return train, evaluation
 
 
+def numbers(recipe: Recipe) -> dict[str, Any]:
+    """`load_model`'s precision, dtype and adapter_dtype. With a preset, only what the recipe sets beside it, so that
+    contradictions are found."""
+    import torch
+
+    preset = recipe.qlora_args.precision
+    dtypes = {"dtype": model_dtype(recipe), "adapter_dtype": getattr(torch, recipe.get("adapter_dtype"))}
+    given = {key: value if preset is None or key in recipe.values else None for key, value in dtypes.items()}
+    return {"precision": preset, **given}
+
+
 def model_dtype(recipe: Recipe) -> torch.dtype:
-    """`dtype` as torch names it; "auto" is the dtype in the checkpoint's config."""
+    """`dtype` as torch names it; "auto" is the dtype in the checkpoint's config. `precision` sets it too."""
     import torch
     from transformers import AutoConfig
 
+    from hf_fsdp_qlora.precision import resolve_precision
+
     name = recipe.get("dtype")
+    preset = recipe.qlora_args.precision
+    if preset is not None and "dtype" not in recipe.values:
+        return resolve_precision(preset).dtype
     if name not in (None, "auto"):
         return getattr(torch, name)
     config = AutoConfig.from_pretrained(

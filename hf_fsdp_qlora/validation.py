@@ -78,7 +78,12 @@ class Run:
     gpu_memory_bytes: int | None = None
 
     def get(self, key: str) -> Any:
-        """The recipe's value, or upstream's default."""
+        """The recipe's value, what its precision preset makes of it, or upstream's default."""
+        preset = self.recipe.get("precision")
+        if key in ("dtype", "adapter_dtype", "bf16") and key not in self.recipe and preset not in (None, "fp16"):
+            from hf_fsdp_qlora.precision import recipe_values
+
+            return recipe_values(preset)[key]
         return self.recipe.get(key, DEFAULTS[key])
 
     def fsdp(self, key: str) -> Any:

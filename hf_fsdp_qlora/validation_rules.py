@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.validation import Problem, Run, is_true
 
 Rule = Callable[[Run], Problem | None]
@@ -73,7 +74,7 @@ def quant_storage_survives(run: Run) -> Problem | None:
 def dtype_agrees_with_mixed_precision(run: Run) -> Problem | None:
     """accelerate adds no autocast under FSDP2, and load_model's policy follows `dtype`, whose default is float32;
     SFTConfig's bf16 is true unless fp16 is."""
-    if run.fsdp_version != 2 or run.dtype is None:
+    if run.fsdp_version != 2 or run.dtype is None or run.recipe.get("precision"):
         return None
     fp16 = bool(run.get("fp16"))
     bf16 = not fp16 if run.get("bf16") is None else bool(run.get("bf16"))
@@ -86,6 +87,24 @@ def dtype_agrees_with_mixed_precision(run: Run) -> Problem | None:
         "nothing casts it, and weights that are not quantised, activations and traffic have that size.",
         f"Set dtype: {wanted}, or bf16: false and fp16: false to train in {run.dtype} knowingly.",
     )  # fmt: skip
+
+
+def precision_agrees_with_the_rest(run: Run) -> Problem | None:
+    """What load_model and the trainer refuse about a precision preset, and fp16 over 4-bit weights (precision.py)."""
+    preset, wanted = run.recipe.get("precision"), run.recipe.get("bf16")
+    launched = str(run.accelerate.get("mixed_precision") or "no").lower()
+    mixed = "fp16" if run.get("fp16") else "bf16" if wanted else "no" if wanted is False else launched
+    if preset is None and mixed != "fp16":
+        return None
+    from hf_fsdp_qlora.precision import check_mixed_precision, resolve_precision
+
+    given = {key: run.recipe.get(key) for key in ("dtype", "adapter_dtype") if run.recipe.get(key) != "auto"}
+    try:
+        precision = resolve_precision(preset, **(given if preset else {}))
+        check_mixed_precision(precision, mixed, four_bit=bool(run.get("load_in_4bit")))
+    except ConfigError as error:
+        return Problem("precision", preset or mixed, str(error), "Remove one of the two settings, as it says.")
+    return None
 
 
 def sync_module_states_is_on(run: Run) -> Problem | None:
@@ -284,6 +303,7 @@ def offload_has_fsdp(run: Run) -> Problem | None:
 
 RULES: tuple[Rule, ...] = (
     distributed_type_is_supported, fsdp1_has_gpus, quant_storage_survives, dtype_agrees_with_mixed_precision,
+    precision_agrees_with_the_rest,
     sync_module_states_is_on, reshard_after_forward_has_its_versions_type,
     state_dict_type_is_known_to_fsdp2, checkpointing_happens_once, optimizer_works_on_shards,
     layerwise_optimizer_runs_alone, device_map_is_not_set, trainer_has_no_fsdp_of_its_own, packed_samples_stay_apart,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
 from trl import SFTTrainer
 
 from hf_fsdp_qlora import ConfigError, MemoryCallback, ThroughputCallback, WeightIntegrityCallback, load_model
@@ -23,7 +22,7 @@ from hf_fsdp_qlora.train import (
     configure_logging,
     load_datasets,
     load_tokenizer,
-    model_dtype,
+    numbers,
     optimizer_choice,
     parse_recipe,
     quantization_config,
@@ -47,11 +46,10 @@ def main(recipe: Recipe) -> int:
         model_args.model_name_or_path,
         quantization_config=quantization_config(recipe),
         peft_config=adapter_config(recipe),
-        dtype=model_dtype(recipe),
+        **numbers(recipe),
         fsdp=ours.fsdp_engine,
         offload=ours.offload,
         adapter_name_or_path=ours.adapter_name_or_path,
-        adapter_dtype=getattr(torch, ours.adapter_dtype),
         seed=args.seed,
         attn_implementation=model_args.attn_implementation,
         revision=model_args.model_revision,

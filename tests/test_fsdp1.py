@@ -1,8 +1,8 @@
 """FSDP1: the same numbers as one process and as FSDP2, on ranks that hold parts of flat parameters.
 
 accelerate cannot set FSDP1 up on CPU by itself; most tests wrap with `fsdp1.wrap`, which takes the arguments that
-accelerate is given. The last ones go through accelerate and the stock SFTTrainer all the same: `load_model`'s attachment
-tells accelerate that it is FSDP. References: one process without FSDP, and FSDP2.
+accelerate is given. The last ones go through accelerate and the stock SFTTrainer all the same: what `load_model`
+attached tells accelerate that it is FSDP. References: one process without FSDP, and FSDP2.
 """
 
 from __future__ import annotations

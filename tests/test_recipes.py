@@ -24,7 +24,7 @@ ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").rglob("*.yaml"))
 
 def test_every_recipe_and_config_is_found() -> None:
     assert len(RECIPES) == len(recipe_names()) == 6
-    assert len(ACCELERATE_CONFIGS) == len(accelerate_config_names()) == 5
+    assert len(ACCELERATE_CONFIGS) == len(accelerate_config_names()) == 7
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -38,7 +38,7 @@ def test_recipe_loads_and_its_header_says_what_it_needs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
-def test_accelerate_reads_the_config_and_sets_fsdp2(path: Path) -> None:
+def test_accelerate_reads_the_config_and_sets_fsdp(path: Path) -> None:
     config = load_config_from_file(str(path))
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "x.py"]))
     assert args.use_fsdp == ("fsdp" in path.stem)
@@ -47,7 +47,11 @@ def test_accelerate_reads_the_config_and_sets_fsdp2(path: Path) -> None:
     if args.use_fsdp:
         # A key that accelerate does not know is dropped in silence, so what it passes on is what counts.
         env = prepare_multi_gpu_env(args)
-        assert (env["FSDP_VERSION"], env["FSDP_AUTO_WRAP_POLICY"]) == ("2", "NO_WRAP")
+        version = "1" if path.stem.startswith("fsdp1") else "2"
+        assert (env["FSDP_VERSION"], env["FSDP_AUTO_WRAP_POLICY"]) == (version, "NO_WRAP")
+        # FSDP1's other ranks get their values from rank 0; under FSDP2 there is nothing to broadcast.
+        assert env["FSDP_CPU_RAM_EFFICIENT_LOADING"] == str(version == "1").lower()
+        assert version == "2" or (env["FSDP_SYNC_MODULE_STATES"], env["FSDP_USE_ORIG_PARAMS"]) == ("true", "false")
         assert env["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
         assert env["FSDP_OFFLOAD_PARAMS"] == str("offload" in path.stem).lower()
         known = vars(launch_command_parser().parse_args(["x.py"]))

@@ -55,6 +55,12 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [({**fsdp1(), "use_cpu": True}, RECIPE), ({**FSDP2, "fsdp_config": {}, "use_cpu": True}, RECIPE)],
         [(fsdp1(), RECIPE), ({**FSDP2, "use_cpu": True}, RECIPE), (SINGLE, RECIPE)],
     ),
+    "precision_agrees_with_the_rest": (
+        [(FSDP2, recipe(precision="fp16")), (FSDP2, recipe(precision="fp32", dtype="float32", bf16=True)),
+         (FSDP2, recipe(precision="fp32_autocast")), (FSDP2, recipe(bf16=False, fp16=True, dtype="float16"))],
+        [(FSDP2, recipe(precision="bf16")), (fsdp1(), recipe(precision="fp32", dtype="float32", bf16=False)),
+         (FSDP2, {**recipe(precision="fp32_autocast"), "dtype": "auto"})],
+    ),
     "quant_storage_survives": (
         [(FSDP2, recipe(bnb_4bit_quant_storage="bfloat16")), (fsdp1(), recipe(bnb_4bit_quant_storage="float32"))],
         [(FSDP2, recipe(bnb_4bit_quant_storage="float32")), (fsdp1(), recipe(bnb_4bit_quant_storage="bfloat16")),

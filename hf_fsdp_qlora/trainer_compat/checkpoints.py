@@ -92,8 +92,11 @@ def _restore_under_fsdp1(model: torch.nn.Module, optimizer: torch.optim.Optimize
 
 
 def _in_groups(saved: dict[str, Any], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Give the saved settings, group by group, to this run's groups. FSDP1's flat parameters hide the names by which the
-    Trainer finds those without weight decay, so a parameter can be in another group there."""
+    """Give the saved settings, group by group, to this run's groups.
+
+    FSDP1's flat parameters hide the names by which the Trainer finds those without weight decay, so that a parameter
+    can be in another group there.
+    """
     if len(groups) != len(saved["param_groups"]):
         raise ConfigError(
             f"The checkpoint's optimizer has {len(saved['param_groups'])} parameter groups, this run's has "

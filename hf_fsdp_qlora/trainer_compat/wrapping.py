@@ -59,8 +59,8 @@ def patched_prepare_model(stock: Any) -> Any:
 
 
 def patched_wrap_model(stock: Any) -> Any:
-    """Let training go on with the model that an evaluation wrapped. The Trainer keeps it as `model` and the bare one as
-    `model_wrapped`, and then makes no optimizer.
+    """Let training go on with the model that an evaluation wrapped. The Trainer keeps it as `model` and the bare one
+    as `model_wrapped`, and then makes no optimizer.
 
     https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/trainer.py (evaluation_loop)
     Can go with https://github.com/huggingface/transformers/issues/39961.
