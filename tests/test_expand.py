@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 # Windows shorter than the text and layers of both kinds: a layer that changed its kind would change the logits.
 KINDS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
-EXTRA = {"gemma3": {"sliding_window": 8, "layer_types": KINDS},
+EXTRA: dict[str, dict[str, Any]] = {"gemma3": {"sliding_window": 8, "layer_types": KINDS},
          "gemma2": {"sliding_window": 8}, "mistral": {"sliding_window": 8},
          "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}}  # fmt: skip
 

@@ -31,6 +31,11 @@ def make_linear(
     return layer
 
 
+def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def bitsandbytes_weight(weight: torch.Tensor, quant_type: str, block_size: int, nested: bool) -> torch.Tensor:
     codes, state = bnb.quantize_4bit(
         weight, blocksize=block_size, quant_type=quant_type, compress_statistics=nested
@@ -59,9 +64,9 @@ def test_linear_equals_bitsandbytes(quant_type: str, nested: bool, dtype: torch.
         gradient = torch.randn_like(output)
         output.backward(gradient)
         wanted.backward(gradient)
-        assert torch.equal(output, wanted) and torch.equal(ours.grad, reference.grad), shape
+        assert torch.equal(output, wanted) and torch.equal(gradient_of(ours), gradient_of(reference)), shape
         # Two ways to sum six values; the tolerance is their rounding.
-        torch.testing.assert_close(layer.bias.grad, bias.grad)
+        torch.testing.assert_close(gradient_of(layer.bias), gradient_of(bias))
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -85,8 +90,13 @@ def test_rows_made_by_parts_equal_rows_made_at_once(num_ranks: int) -> None:
         first, last = shard_range(num_rows, rank, num_ranks)
         parts.append(weight.flatten()[first * row_size : last * row_size])
     absmax: list[torch.Tensor] = []
+
+    def record(rows: torch.Tensor) -> torch.Tensor:
+        absmax.append(rows)
+        return torch.ones(num_rows, 256)
+
     for part in parts:
-        backend.quantize(part, weight.numel(), lambda rows: absmax.append(rows) or torch.ones(num_rows, 256))
+        backend.quantize(part, weight.numel(), record)
     made = [backend.quantize(part, weight.numel(), lambda rows: torch.cat(absmax)) for part in parts]
     for index in range(2):
         assert torch.equal(torch.cat([rows[index] for rows in made]), whole[index])
@@ -117,7 +127,12 @@ def test_compute_dtype_default_is_the_model_dtype_and_autocast_wins() -> None:
 def test_backward_keeps_packed_rows_only() -> None:
     layer = make_linear(torch.randn(256, 256), BitsAndBytesConfig(load_in_4bit=True))
     saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         layer(torch.randn(2, 256, requires_grad=True))
     rows = {layer.weight.data_ptr(), layer.weight_stats.data_ptr()}
     assert saved and {tensor.data_ptr() for tensor in saved} <= rows

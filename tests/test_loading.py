@@ -153,7 +153,7 @@ def count_gathers(path: str) -> tuple[list[int], int]:
             gathers.append(output_tensor.numel() * 4)
         return original(self, output_tensor, *args, **kwargs)
 
-    DefaultAllGather.__call__ = counting
+    DefaultAllGather.__call__ = counting  # type: ignore[method-assign]
     model(**batch()).loss.backward()
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)][:7]
     padded = [2 * -(-layer.num_rows // 2) * layer.backend.format.row_bytes for layer in layers]
@@ -212,7 +212,11 @@ def shrink_while_reading(path: str) -> str:
 
     if dist.get_rank() == 1:  # the file ends earlier than its header said, on this node only
         preadv = os.preadv
-        checkpoint.os.preadv = lambda file, buffers, offset: 0 if offset > 50_000 else preadv(file, buffers, offset)
+
+        def shorter(file: int, buffers: Any, offset: int) -> int:
+            return 0 if offset > 50_000 else preadv(file, buffers, offset)
+
+        checkpoint.os.preadv = shorter  # type: ignore[assignment]
     with pytest.raises((RuntimeError, OSError)) as caught:
         load_model(path, quantization_config=nf4(), peft_config=LORA)
     return f"{type(caught.value).__name__}: {caught.value}"
@@ -230,7 +234,9 @@ def save_config(path: Path, config: transformers.PretrainedConfig) -> Path:
     return path
 
 
-TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+TINY: dict[str, Any] = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+)
 REFUSED = {
     "experts": (transformers.MixtralConfig(**TINY, num_key_value_heads=1, num_local_experts=2), "fused experts"),
     "conv1d": (transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64), "Conv1D"),

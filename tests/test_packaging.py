@@ -108,6 +108,19 @@ def test_train_launches_the_shipped_script_with_accelerate(monkeypatch: pytest.M
     assert commands == [[sys.executable, *launch, "--num_processes", "4", *script], [sys.executable, *script]]
 
 
+def test_train_checks_both_configs_before_it_launches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hf_fsdp_qlora import cli
+
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("launched"))
+    words = ["train", "--config", "llama/8b_nf4_fsdp2", "--accelerate_config", "fsdp2"]
+    assert cli.main([*words, "--lerning_rate", "1e-4"]) == 2
+    assert "Did you mean 'learning_rate'?" in capsys.readouterr().err
+    assert cli.main([*words, "--optim", "adamw_bnb_8bit"]) == 2
+    assert "Set optim: adamw_torch_fused" in capsys.readouterr().err
+
+
 def test_command_line_reports_a_config_error_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     from hf_fsdp_qlora import cli
 

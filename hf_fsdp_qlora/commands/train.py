@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 
+from hf_fsdp_qlora.config import load_recipe, parse_command_line
 from hf_fsdp_qlora.resources import accelerate_config_names, find_accelerate_config, find_recipe, sft_script
+from hf_fsdp_qlora.validation import validate
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -28,7 +30,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    """Replace this process by the training, so that signals reach it and its exit status is ours."""
+    """Check the configs here, where a problem is one message and not one per rank, then become the training, so that
+    signals reach it and its exit status is ours."""
+    _, overrides = parse_command_line(["--config", args.config, *args.rest])
+    recipe = load_recipe(args.config, overrides)
+    if args.accelerate_config:
+        validate(args.accelerate_config, recipe)
     script = [str(sft_script()), "--config", str(find_recipe(args.config)), *args.rest]
     command = [sys.executable]
     if args.accelerate_config:

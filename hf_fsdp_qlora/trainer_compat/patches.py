@@ -117,6 +117,7 @@ def _enter_fsdp(trainer: Trainer, engine: str) -> None:
     facts = {
         "distributed_type": DistributedType.FSDP,
         "backend": dist.get_backend(),
+        "device": torch.device("cpu"),  # with use_cpu it has an index, which FSDP1 takes for another device
         "num_processes": world_size(),
         "process_index": rank(),
         "local_process_index": local_rank(),
