@@ -88,15 +88,15 @@ def find_checkpoint(model_name_or_path: str, **hub_kwargs: Any) -> list[Path]:
         ConfigError: there is no safetensors checkpoint.
         OSError: transformers' own error for a model that cannot be found or reached.
     """
-    found = [
+    single, index = (
         cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
-    ]
-    if found[0] is not None:
-        files, _ = get_checkpoint_shard_files(model_name_or_path, found[0], **hub_kwargs)
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    if single is not None:  # first, as in transformers: a folder may hold an older sharded copy too
+        return [Path(single)]
+    if index is not None:
+        files, _ = get_checkpoint_shard_files(model_name_or_path, index, **hub_kwargs)
         return [Path(file) for file in files]
-    if found[1] is not None:
-        return [Path(found[1])]
     raise ConfigError(
         f"{model_name_or_path} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}. Only safetensors can be "
         "read slice by slice; convert a pickle checkpoint (pytorch_model.bin) once with "

@@ -27,22 +27,23 @@ import torch.distributed as dist
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffload,
-    FullOptimStateDictConfig,
-    FullStateDictConfig,
-    MixedPrecision,
-    StateDictType,
-)
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp._runtime_utils import _lazy_init
-from torch.distributed.fsdp.wrap import CustomPolicy
 
 from hf_fsdp_qlora.distributed import rank, world_size
 from hf_fsdp_qlora.engine import Offload
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
 from hf_fsdp_qlora.precision import Precision
+from hf_fsdp_qlora.sharding import (
+    CPUOffload,
+    CustomPolicy,
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    MixedPrecision,
+    StateDictType,
+    add_walk,
+)
+from hf_fsdp_qlora.sharding import FullyShardedDataParallel as FSDP
+from hf_fsdp_qlora.sharding import fsdp1_lazy_init as _lazy_init
 
 _ROOT = "hf_fsdp_qlora_fsdp1_root"
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -418,3 +419,6 @@ def _refuse(setting: str, name: str, reason: str) -> None:
         f"{setting} does not work under FSDP1: {clean_name(name)} would train wrongly, because {reason}. Use FSDP2 "
         "(fsdp_version: 2, accelerate_configs/fsdp2.yaml), or leave it out."
     )
+
+
+add_walk(is_wrapped, gathered_units)

@@ -181,7 +181,7 @@ def _backward(ctx, grad_output):  # type: ignore[no-untyped-def]
             grad_output, weight, weight_stats, ctx.spec, ctx.out_features, ctx.in_features
         )
     if ctx.needs_input_grad[3]:
-        grad_bias = grad_output.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        grad_bias = grad_output.reshape(-1, ctx.out_features).sum(0).to(ctx.bias_dtype)
     return grad_input, None, None, grad_bias, None, None, None
 
 

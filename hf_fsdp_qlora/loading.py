@@ -174,13 +174,14 @@ def load_model(
     host = torch.device("cpu")
     if engine == "fsdp1":  # the other ranks get values from rank 0 when the model is wrapped
         share_rows(root, device)
-    if engine != "fsdp1" or rank() == 0:
-        materialize(
-            root,
-            host if placement == "all" or engine == "fsdp1" else device,
-            rows_device=None if placement == "none" else host,
-            buffers_device=host if engine == "fsdp1" else device,
-        )
+    with same_outcome("allocating the model"):
+        if engine != "fsdp1" or rank() == 0:
+            materialize(
+                root,
+                host if placement == "all" or engine == "fsdp1" else device,
+                rows_device=None if placement == "none" else host,
+                buffers_device=host if engine == "fsdp1" else device,
+            )
     with torch.no_grad():
         read_bytes = fill(weights, device=device)
         if adapter_name_or_path is not None:

@@ -14,24 +14,31 @@ Left out: tensor and pipeline parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
+from torch.distributed.fsdp import (  # noqa: F401  (some names are for fsdp1.py: this module alone imports them)
+    CPUOffload,
     CPUOffloadPolicy,
     FSDPModule,
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    MixedPrecision,
     MixedPrecisionPolicy,
     OffloadPolicy,
+    StateDictType,
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.fsdp._runtime_utils import _lazy_init as fsdp1_lazy_init  # noqa: F401
+from torch.distributed.fsdp.wrap import CustomPolicy  # noqa: F401
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from hf_fsdp_qlora import fsdp1
 from hf_fsdp_qlora.engine import Offload
 from hf_fsdp_qlora.linear import QuantizedLinear
 
@@ -160,14 +167,28 @@ def write_full_tensor(parameter: Tensor, full: Tensor) -> None:
     local_tensor(parameter).copy_(full)
 
 
+Walk = Callable[[nn.Module], Iterator[list[QuantizedLinear]]]
+
+
+def add_walk(applies: Callable[[nn.Module], bool], walk: Walk) -> None:
+    """Teach `gathered_rows` how another engine gathers.
+
+    Args:
+        applies: whether this engine shards the model.
+        walk: what `gathered_rows` does for such a model.
+    """
+    _WALKS.append((applies, walk))
+
+
 def gathered_rows(model: nn.Module) -> Iterator[list[QuantizedLinear]]:
     """Walk over the quantised layers while their rows are whole: group by group, gathered as training gathers them.
 
     Collective under FSDP. A group is sharded again when the walk goes on.
     """
-    if fsdp1.is_wrapped(model):
-        yield from fsdp1.gathered_units(model)
-        return
+    for applies, walk in _WALKS:
+        if applies(model):
+            yield from walk(model)
+            return
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if not isinstance(model, FSDPModule):  # before FSDP1 wraps, rank 0 alone has values
         yield [layer for layer in layers if not layer.weight.is_meta]
@@ -195,6 +216,9 @@ def allow_forward_method(model: nn.Module, name: str) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has sharded the model."""
     return isinstance(model, FSDPModule)
+
+
+_WALKS: list[tuple[Callable[[nn.Module], bool], Walk]] = []
 
 
 def _policy(offload: bool) -> OffloadPolicy:

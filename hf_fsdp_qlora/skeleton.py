@@ -169,8 +169,8 @@ def _refuse_unsupported_config(config: PretrainedConfig) -> None:
         raise ConfigError(f"{name} is an encoder-decoder model; only decoder-only language models can be loaded.")
     if config.sub_configs and config.get_text_config() is not config:
         raise ConfigError(
-            f"{name} is a multimodal model; only text models can be loaded. Save its language model as a checkpoint "
-            "of its own (model.language_model.save_pretrained) and load that."
+            f"{name} is a multimodal model; only text models can be loaded. Save its language model, "
+            "head included, as a causal language model of its own and load that."
         )
     if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in (
         getattr(config, "auto_map", None) or {}

@@ -116,8 +116,8 @@ def match_checkpoint(
 def fill(weights: Sequence[PlannedWeight], *, device: torch.device) -> int:
     """Read, quantise and store this rank's part of every weight, and fingerprint the rows.
 
-    Collective; every rank passes the same list. A rank that cannot read goes on with zeros, so that no collective
-    is missing, and the error is raised on every rank at the end.
+    Collective; every rank passes the same list. A rank that cannot read or quantise goes on as if it owned nothing,
+    so that no collective is missing, and the error is raised on every rank at the end.
 
     Args:
         device: where values are cast and quantised.
@@ -126,12 +126,12 @@ def fill(weights: Sequence[PlannedWeight], *, device: torch.device) -> int:
         Bytes that this rank read.
 
     Raises:
-        OSError: on the ranks that could not read; RuntimeError on the others.
+        OSError, RuntimeError: on the ranks that failed; a RuntimeError that quotes it on the others.
     """
     weights = sorted(weights, key=lambda weight: (str(weight.stored.path), weight.stored.offset))
     slices = [_slices(weight, owner) for weight, owner in zip(weights, _owners(weights), strict=True)]
     pieces = [piece for of_weight in slices for piece in of_weight]
-    errors: list[OSError] = []
+    errors: list[Exception] = []
     total = sum(piece.num_bytes for piece in pieces)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=rank() != 0) as progress:
         stream = _read_on(pieces, device, errors)
@@ -141,20 +141,26 @@ def fill(weights: Sequence[PlannedWeight], *, device: torch.device) -> int:
             if weight.needs_owner:
                 round_of_owners.append((cast(QuantizedLinear, weight.module), values[0]))
                 if len(round_of_owners) == world_size():
+                    _raise_on_every_rank(errors)
                     quantize_and_hand_out(round_of_owners)
                     round_of_owners.clear()
             elif weight.is_quantized:
-                _store_rows(weight.module, values, weight.stored)  # type: ignore[arg-type]
-            elif not weight.target.is_meta:
+                _store_rows(weight.module, values, weight.stored, errors)  # type: ignore[arg-type]
+            elif not weight.target.is_meta and not errors:
                 local = local_tensor(weight.target)
                 local.copy_(values[0].view(local.shape))
             progress.update(sum(piece.num_bytes for piece in of_weight))
         if round_of_owners:
+            _raise_on_every_rank(errors)
             quantize_and_hand_out(round_of_owners)
-    with same_outcome("reading the checkpoint"):
+    _raise_on_every_rank(errors)
+    return total
+
+
+def _raise_on_every_rank(errors: list[Exception]) -> None:
+    with same_outcome("loading the weights"):
         if errors:
             raise errors[0]
-    return total
 
 
 def _owners(weights: Sequence[PlannedWeight]) -> list[int | None]:
@@ -194,20 +200,48 @@ def _rows_to_make(layer: QuantizedLinear) -> tuple[int, int]:
     return shard_range(layer.num_rows, rank(), world_size())
 
 
-def _store_rows(layer: QuantizedLinear, values: list[Tensor], stored: StoredTensor) -> None:
+def _store_rows(layer: QuantizedLinear, values: list[Tensor], stored: StoredTensor, errors: list[Exception]) -> None:
     def gather_rows(part: Tensor) -> Tensor:
         return _gather_rows(part, layer.num_rows)
 
-    if isinstance(stored, PackedWeight):
-        first, last = _rows_to_make(layer)
-        codes, stats = stored.rows(values, last - first)
-    else:
-        codes, stats = layer.backend.quantize(values[0].to(layer.dtype), stored.numel, gather_rows)
+    codes, stats = _make_rows(layer, values, stored, errors)
     layer.row_fingerprints = gather_rows(fingerprint(codes, stats).to(codes.device)[:, None])[:, 0].cpu()
     if not isinstance(layer.weight, DTensor):
         codes, stats = gather_rows(codes), gather_rows(stats)
-    as_bytes(local_tensor(layer.weight)).copy_(codes)
-    as_bytes(local_tensor(layer.weight_stats)).copy_(stats)
+    if not errors:
+        as_bytes(local_tensor(layer.weight)).copy_(codes)
+        as_bytes(local_tensor(layer.weight_stats)).copy_(stats)
+
+
+def _make_rows(
+    layer: QuantizedLinear, values: list[Tensor], stored: StoredTensor, errors: list[Exception]
+) -> tuple[Tensor, Tensor]:
+    """This rank's rows, or after an error none: as from a rank that owns none, with the gathers others wait in."""
+    gathered = 0
+
+    def gather_rows(part: Tensor) -> Tensor:
+        nonlocal gathered
+        gathered += 1
+        return _gather_rows(part, layer.num_rows)
+
+    def gather_the_rest(part: Tensor) -> Tensor:
+        nonlocal gathered
+        gathered -= 1
+        return part.new_ones(layer.num_rows, part.shape[1]) if gathered >= 0 else _gather_rows(part, layer.num_rows)
+
+    first, last = _rows_to_make(layer)
+    try:
+        if not errors:
+            if isinstance(stored, PackedWeight):
+                return stored.rows(values, last - first)
+            return layer.backend.quantize(values[0].to(layer.dtype), stored.numel, gather_rows)
+    except RuntimeError as error:  # out of memory, for example
+        errors.append(error)
+    row = layer.backend.format
+    if isinstance(stored, PackedWeight):
+        empty = values[0].new_empty(0, dtype=torch.uint8)
+        return empty.view(0, row.code_bytes), empty.view(0, row.stats_bytes)
+    return layer.backend.quantize(values[0].new_empty(0, dtype=layer.dtype), stored.numel, gather_the_rest)
 
 
 def _gather_rows(part: Tensor, num_rows: int) -> Tensor:
@@ -221,16 +255,16 @@ def _gather_rows(part: Tensor, num_rows: int) -> Tensor:
     return whole.flatten(0, 1)[:num_rows]
 
 
-def _read_on(slices: list[TensorSlice], device: torch.device, errors: list[OSError]) -> Iterator[Tensor]:
+def _read_on(slices: list[TensorSlice], device: torch.device, errors: list[Exception]) -> Iterator[Tensor]:
     stream = stream_slices(slices, device)
     for piece in slices:
         if not errors:
             try:
                 yield next(stream)
                 continue
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 errors.append(error)
-        yield torch.zeros(piece.stop - piece.start, dtype=piece.tensor.dtype, device=device)
+        yield torch.empty(0, dtype=piece.tensor.dtype, device=device)
 
 
 def _one_name_each(wanted: dict[str, Tensor], found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

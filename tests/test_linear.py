@@ -124,6 +124,12 @@ def test_compute_dtype_default_is_the_model_dtype_and_autocast_wins() -> None:
         assert torch.equal(wide(x), (x.bfloat16() @ wide.dequantize().bfloat16().T).float())
 
 
+def test_one_vector_is_an_input_too() -> None:
+    layer = make_linear(torch.randn(8, 16), BitsAndBytesConfig(load_in_4bit=True), bias=True)
+    layer(torch.randn(16, requires_grad=True)).sum().backward()
+    assert torch.equal(gradient_of(layer.bias), torch.ones(8))
+
+
 def test_backward_keeps_packed_rows_only() -> None:
     layer = make_linear(torch.randn(256, 256), BitsAndBytesConfig(load_in_4bit=True))
     saved: list[torch.Tensor] = []

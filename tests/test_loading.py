@@ -222,6 +222,60 @@ def shrink_while_reading(path: str) -> str:
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
+def run_out_of_memory(path: str, where: str, config: BitsAndBytesConfig) -> str:
+    from hf_fsdp_qlora import loading
+    from hf_fsdp_qlora.quantization.bitsandbytes import FourBitBackend
+
+    calls = [0]
+    stock = FourBitBackend.quantize
+
+    def quantize(self: Any, weights: Tensor, numel: int, gather_rows: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3 and where == "before the gather":
+            raise torch.OutOfMemoryError("no memory left")
+        rows = stock(self, weights, numel, gather_rows)
+        if calls[0] == 3 and where == "after the gather":
+            raise torch.OutOfMemoryError("no memory left")
+        return rows
+
+    def materialize(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    if dist.get_rank() == 1:
+        if where == "allocating":
+            loading.materialize = materialize
+        FourBitBackend.quantize = quantize  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError) as caught:
+        load_model(path, quantization_config=config, peft_config=LORA)
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("where", ["before the gather", "after the gather", "allocating"])
+def test_out_of_memory_on_one_rank_hangs_nobody(llama: Path, where: str, nested: bool) -> None:
+    config = nf4(bnb_4bit_use_double_quant=nested)
+    first, second = run_distributed(run_out_of_memory, str(llama), where, config, env=FSDP2, timeout_s=60)
+    assert "rank 1" in first and "no memory left" in first
+    assert second == "OutOfMemoryError: no memory left"
+
+
+def test_single_file_wins_over_an_older_index_as_in_transformers(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, shard_size="100KB")
+    whole = save_tiny_model(tmp_path / "whole") / "model.safetensors"
+    tensors = {name: tensor + 1 if tensor.dim() == 1 else tensor for name, tensor in load_file(whole).items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).model.norm.weight
+    assert torch.equal(theirs, tensors["model.norm.weight"])
+    assert torch.equal(load_model(tmp_path, quantization_config=nf4()).model.norm.weight, theirs)
+
+
+def test_quantised_model_without_an_adapter_refuses_to_be_saved(llama: Path, tmp_path: Path) -> None:
+    model = load_model(llama, quantization_config=nf4())
+    with pytest.raises(ConfigError, match="hf-fsdp-qlora quantize"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_read_error_in_the_middle_of_the_stream_hangs_nobody(llama: Path) -> None:
     first, second = run_distributed(shrink_while_reading, str(llama), env=FSDP2, timeout_s=60)
     assert "rank 1" in first and "unexpected end of file" in first

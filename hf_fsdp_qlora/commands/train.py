@@ -7,6 +7,7 @@ import os
 import sys
 
 from hf_fsdp_qlora.config import load_recipe, parse_command_line
+from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.resources import accelerate_config_names, find_accelerate_config, find_recipe, sft_script
 from hf_fsdp_qlora.validation import validate
 
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> int | None:
     signals reach it and its exit status is ours."""
     _, overrides = parse_command_line(["--config", args.config, *args.rest])
     recipe = load_recipe(args.config, overrides)
+    if args.num_processes and not args.accelerate_config:
+        raise ConfigError("--num_processes needs --accelerate_config, which says how the processes work together.")
     if args.accelerate_config:
         validate(args.accelerate_config, recipe)
     script = [str(sft_script()), "--config", str(find_recipe(args.config)), *args.rest]

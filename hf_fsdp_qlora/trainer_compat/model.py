@@ -20,6 +20,7 @@ from hf_fsdp_qlora.engine import Engine, Offload
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.export import adapter_entries, gather_adapter, write_peft_directory
 from hf_fsdp_qlora.fsdp1 import is_wrapped
+from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.precision import Precision, resolve_precision
 from hf_fsdp_qlora.sharding import allow_forward_method, is_sharded
 
@@ -56,6 +57,8 @@ def prepare_model(model: PreTrainedModel | PeftModel, attached: Attachment) -> N
     base.resize_token_embeddings = functools.partial(_resize_token_embeddings, base)
     if isinstance(model, PeftModel):
         model.save_pretrained = functools.partial(_save_pretrained, model)  # type: ignore[method-assign]
+    elif any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     if attached.engine == "fsdp1":
         base.generate = _refuse_generate
     if attached.engine == "fsdp2":
@@ -167,6 +170,14 @@ def _save_pretrained(
         state_dict = gather_adapter(model)
     if is_main_process if is_main_process is not None else rank() == 0:
         write_peft_directory(model, save_directory, state_dict, *args, **kwargs)
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """`save_pretrained` of a quantised model without an adapter: its rows are not a checkpoint that anything loads."""
+    raise ConfigError(
+        "A quantised model without an adapter cannot be saved. To write a 4-bit checkpoint use `hf-fsdp-qlora "
+        "quantize`; to train and save an adapter pass peft_config to load_model."
+    )
 
 
 def _resize_token_embeddings(
