@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,8 @@ from hf_fsdp_qlora.checkpoint import find_checkpoint, index_checkpoint
 from hf_fsdp_qlora.distributed import rank, same_outcome, world_size
 from hf_fsdp_qlora.dora import initialize_magnitudes
 from hf_fsdp_qlora.engine import (
+    Engine,
+    Offload,
     check_offload,
     mixed_precision,
     reshard_after_forward,
@@ -40,7 +43,7 @@ from hf_fsdp_qlora.fsdp1 import check_fsdp1, share_rows
 from hf_fsdp_qlora.integrity import check_integrity
 from hf_fsdp_qlora.lora import ADAPTER_NAME, add_adapter, initialize_adapters, load_adapter_weights
 from hf_fsdp_qlora.lora_config import check_peft_config, read_adapter_config
-from hf_fsdp_qlora.precision import check_precision, resolve_precision
+from hf_fsdp_qlora.precision import Precision, check_precision, resolve_precision
 from hf_fsdp_qlora.prequantized import pack_checkpoint, replace_packed_linears, runtime_config, take_stored_config
 from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
 from hf_fsdp_qlora.report import make_report
@@ -118,7 +121,9 @@ def load_model(
     device = resolve_device()
     hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir,
                   "local_files_only": local_files_only, "subfolder": subfolder}  # fmt: skip
-    adapter_kwargs = {key: hub_kwargs[key] for key in ("token", "cache_dir", "local_files_only")}
+    saved = None
+    if adapter_name_or_path is not None:
+        saved = _SavedAdapter(adapter_name_or_path, token, cache_dir, local_files_only)
 
     with same_outcome("preparing the model"):
         placement = resolve_offload(offload)
@@ -151,45 +156,16 @@ def load_model(
         if stored_config is not None:
             kept = replace_packed_linears(model, matched, quantization_config, storage_dtype=storage_dtype)
         weights = [PlannedWeight(*_owner(model, key), tensor) for key, tensor in matched.items()]
-        root: PeftModel | PreTrainedModel = model
-        if adapter_name_or_path is not None:
-            config = read_adapter_config(
-                adapter_name_or_path, model, peft_config=peft_config, is_trainable=is_trainable, **adapter_kwargs
-            )
-            root = add_adapter(model, config, adapter_dtype=numbers.adapter_dtype)
-        elif peft_config is not None:
-            check_peft_config(peft_config, model)
-            root = add_adapter(model, cast(LoraConfig, peft_config), adapter_dtype=numbers.adapter_dtype)
+        root = _inject_adapter(model, peft_config, saved, is_trainable=is_trainable, dtype=numbers.adapter_dtype)
         if engine == "fsdp1":
             check_fsdp1(root, layers)
     if unused:
         logger.warning("The model has no use for %d tensors of the checkpoint: %s", len(unused), ", ".join(unused))
 
-    if engine == "fsdp2":
-        mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("fsdp",))
-        apply_fsdp2(
-            root, layers, mesh=mesh, dtype=numbers.dtype, reduce_dtype=numbers.reduce_dtype, offload=placement,
-            reshard_after_forward=reshard_after_forward(),
-        )  # fmt: skip
-    host = torch.device("cpu")
-    if engine == "fsdp1":  # the other ranks get values from rank 0 when the model is wrapped
-        share_rows(root, device)
-    with same_outcome("allocating the model"):
-        if engine != "fsdp1" or rank() == 0:
-            materialize(
-                root,
-                host if placement == "all" or engine == "fsdp1" else device,
-                rows_device=None if placement == "none" else host,
-                buffers_device=host if engine == "fsdp1" else device,
-            )
+    _shard_and_allocate(root, layers, engine=engine, numbers=numbers, offload=placement, device=device)
     with torch.no_grad():
         read_bytes = fill(weights, device=device)
-        if adapter_name_or_path is not None:
-            with same_outcome("loading the adapter"):
-                load_adapter_weights(root, adapter_name_or_path, **adapter_kwargs)  # type: ignore[arg-type]
-        elif peft_config is not None:
-            initialize_adapters(root, seed)  # type: ignore[arg-type]
-        initialize_magnitudes(root, ADAPTER_NAME, keep_magnitudes=adapter_name_or_path is not None)
+        _fill_adapter(root, saved, seed)
 
     _check_nothing_on_meta(root, holds_parameters=engine != "fsdp1" or rank() == 0)
     check_integrity(root, max_groups=CHECKED_GROUPS)
@@ -199,6 +175,81 @@ def load_model(
     root.load_report = report  # type: ignore[assignment]  # nn.Module is typed as holding tensors and modules only
     logger.info("%s: %s", name, report.summary())
     return root
+
+
+@dataclass(frozen=True)
+class _SavedAdapter:
+    """Where an adapter is read from."""
+
+    name_or_path: str
+    token: str | bool | None
+    cache_dir: str | None
+    local_files_only: bool
+
+    @property
+    def hub_kwargs(self) -> dict[str, Any]:
+        return {"token": self.token, "cache_dir": self.cache_dir, "local_files_only": self.local_files_only}
+
+
+def _inject_adapter(
+    model: PreTrainedModel,
+    peft_config: PeftConfig | None,
+    saved: _SavedAdapter | None,
+    *,
+    is_trainable: bool,
+    dtype: torch.dtype,
+) -> PeftModel | PreTrainedModel:
+    """The model with its adapter, both on meta; the model itself where no adapter is asked for."""
+    if saved is not None:
+        config = read_adapter_config(
+            saved.name_or_path, model, peft_config=peft_config, is_trainable=is_trainable, **saved.hub_kwargs
+        )
+        return add_adapter(model, config, adapter_dtype=dtype)
+    if peft_config is None:
+        return model
+    check_peft_config(peft_config, model)
+    return add_adapter(model, cast(LoraConfig, peft_config), adapter_dtype=dtype)
+
+
+def _shard_and_allocate(
+    root: nn.Module,
+    layers: list[nn.Module],
+    *,
+    engine: Engine,
+    numbers: Precision,
+    offload: Offload,
+    device: torch.device,
+) -> None:
+    """Give every parameter storage, after sharding; under FSDP1 on rank 0 alone, which later fills the others."""
+    if engine == "fsdp2":
+        mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("fsdp",))
+        apply_fsdp2(
+            root, layers, mesh=mesh, dtype=numbers.dtype, reduce_dtype=numbers.reduce_dtype, offload=offload,
+            reshard_after_forward=reshard_after_forward(),
+        )  # fmt: skip
+    if engine == "fsdp1":
+        share_rows(root, device)
+    host = torch.device("cpu")
+    with same_outcome("allocating the model"):
+        if engine != "fsdp1" or rank() == 0:
+            materialize(
+                root,
+                host if offload == "all" or engine == "fsdp1" else device,
+                rows_device=None if offload == "none" else host,
+                buffers_device=host if engine == "fsdp1" else device,
+            )
+
+
+def _fill_adapter(root: PeftModel | PreTrainedModel, saved: _SavedAdapter | None, seed: int) -> None:
+    """Read a saved adapter, or initialise a new one. Collective: DoRA looks at the gathered weights."""
+    if not isinstance(root, PeftModel):
+        return
+    if saved is None:
+        initialize_adapters(root, seed)
+    else:
+        with same_outcome("loading the adapter"):
+            load_adapter_weights(root, saved.name_or_path, **saved.hub_kwargs)
+    initialize_magnitudes(root, ADAPTER_NAME, keep_magnitudes=saved is not None)
 
 
 def _download(name: str, hub_kwargs: dict[str, Any]) -> list[Any]:
