@@ -204,10 +204,11 @@ class InterruptCallback(TrainerCallback):
 
     The step in progress is finished (and an evaluation in progress, with the step after it), the ranks agree on the
     signal (one rank having got it is enough), a checkpoint is saved whatever `save_strategy` says, and
-    `trainer.train()` returns. `exit_status` is then 128 + the signal's number; a script should skip its final save and
-    end with `sys.exit(callback.exit_status)`. A second signal, more than `REPEAT_WINDOW_S` after the first, does at
-    once what it did before training. Handlers are put back when training ends; in a thread other than the main one,
-    where Python allows no handlers, nothing is caught.
+    `trainer.train()` returns. `exit_status` is then 128 + the signal's number. A script should end with
+    `sys.exit(callback.exit_status)`, and skip its final save if `cut_short`: a signal during the last step, or later
+    (while the best model is loaded), has nothing left to stop. A second signal, more than `REPEAT_WINDOW_S` after the
+    first, does at once what it did before training. Handlers are put back when training ends; in a thread other than
+    the main one, where Python allows no handlers, nothing is caught.
 
     Launchers: torchrun, and so `accelerate launch`, runs workers in sessions of their own: Ctrl-C reaches the launcher
     only, which sends SIGINT or SIGTERM on to every worker once and kills what is left with SIGKILL after 30 s. The
@@ -215,13 +216,15 @@ class InterruptCallback(TrainerCallback):
     own exit status is 1 in every case. (Source: torch/distributed/elastic/multiprocessing/api.py, torch 2.13.)
 
     Attributes:
-        exit_status: 0, or 128 + the number of the signal that ended training.
+        exit_status: 0, or 128 + the number of the signal that came during training. The same on every rank.
+        cut_short: whether it ended training before the last step.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.exit_status = 0
+        self.cut_short = False
         self._received = 0
         self._received_s = 0.0
         self._previous: dict[int, Any] = {}
@@ -230,25 +233,22 @@ class InterruptCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.exit_status = self._received = 0
+        self.cut_short = False
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        received = torch.tensor(self._received, device=args.device)
-        if world_size() > 1:
-            dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        number = int(received.item())
-        if number:
-            self.exit_status = 128 + number
-            logger.warning("Got %s: saving a checkpoint and stopping", signal.Signals(number).name)
+        if self._agree(args):
+            self.cut_short = state.global_step < state.max_steps
+            logger.warning("Got %s: saving a checkpoint and stopping", self._signal_name())
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.exit_status:
+        if self.cut_short:
             # This is not the end of the run: the Trainer would now load the best model, and with save_total_limit=1
             # delete the checkpoint that was just saved.
             args.load_best_model_at_end = False
@@ -266,8 +266,21 @@ class InterruptCallback(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-        if self._received and not self.exit_status:  # it came after the last step: nothing is left to interrupt
-            os.kill(os.getpid(), self._received)
+        # A rank that acted alone on a signal that came after the last step would leave the others in the final save.
+        if not self.exit_status and self._agree(args):
+            logger.warning("Got %s after the last step: training is complete", self._signal_name())
+
+    def _agree(self, args: TrainingArguments) -> bool:
+        """Set `exit_status` on every rank if any of them got a signal. Collective."""
+        received = torch.tensor(self._received, device=args.device)
+        if world_size() > 1:
+            dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        number = int(received.item())
+        self.exit_status = 128 + number if number else 0
+        return number > 0
+
+    def _signal_name(self) -> str:
+        return signal.Signals(self.exit_status - 128).name
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received and time.monotonic() - self._received_s > REPEAT_WINDOW_S:

@@ -219,11 +219,11 @@ class LoraPlusFactory:
 def resume_point(args: SFTConfig) -> str | None:
     """The checkpoint `resume_from_checkpoint` means: a folder, "true" (the last one), "auto" (the last, if any).
 
+    The last one is the last whose save was completed.
+
     Raises:
         ConfigError: there is no such checkpoint.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     value = args.resume_from_checkpoint
     if value is None or value.lower() == "false":
         return None
@@ -232,10 +232,10 @@ def resume_point(args: SFTConfig) -> str | None:
             raise ConfigError(f"resume_from_checkpoint={value!r} is no folder. Give a checkpoint, true or auto.")
         return value
     assert args.output_dir is not None  # SFTConfig has put a default there
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    last = _last_complete_checkpoint(Path(args.output_dir))
     if last is None and value.lower() == "true":
         raise ConfigError(
-            f"resume_from_checkpoint=true, but {args.output_dir} has no checkpoint. "
+            f"resume_from_checkpoint=true, but {args.output_dir} has no complete checkpoint. "
             "Use auto to start from the beginning where there is none."
         )
     return last
@@ -251,6 +251,19 @@ def save_report(report: Any, args: SFTConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(report), indent=2, default=str)
         (folder / "load_report.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _last_complete_checkpoint(output_dir: Path) -> str | None:
+    """A run that is killed while it saves leaves a folder without `trainer_state.json`, which is written last."""
+    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*")}
+    folders = sorted((int(match[1]), path) for path, match in steps.items() if match and path.is_dir())
+    skipped: list[str] = []
+    while folders and not (folders[-1][1] / "trainer_state.json").is_file():
+        skipped.append(folders.pop()[1].name)
+    if skipped:
+        logger.warning("Not resuming %s in %s: no trainer_state.json, so saving was cut short", ", ".join(skipped),
+                       output_dir)  # fmt: skip
+    return str(folders[-1][1]) if folders else None
 
 
 def _expansion(recipe: Recipe) -> Expansion:

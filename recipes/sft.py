@@ -37,16 +37,17 @@ def main(recipe: Recipe) -> int:
     args, model_args, ours = recipe.training_args, recipe.model_args, recipe.qlora_args
 
     # What can be wrong on one rank alone comes first, and is compared between ranks before any of them goes on.
-    with same_outcome("reading the tokenizer and the data"):
+    with same_outcome("reading the tokenizer, the data and the configs"):
         tokenizer = load_tokenizer(recipe)
         train_dataset, eval_dataset = load_datasets(recipe, tokenizer)
         checkpoint = resume_point(args)
+        quantization, adapter, dtypes = quantization_config(recipe), adapter_config(recipe), numbers(recipe)
 
     model = load_model(
         model_args.model_name_or_path,
-        quantization_config=quantization_config(recipe),
-        peft_config=adapter_config(recipe),
-        **numbers(recipe),
+        quantization_config=quantization,
+        peft_config=adapter,
+        **dtypes,
         fsdp=ours.fsdp_engine,
         offload=ours.offload,
         adapter_name_or_path=ours.adapter_name_or_path,
@@ -55,7 +56,8 @@ def main(recipe: Recipe) -> int:
         revision=model_args.model_revision,
         trust_remote_code=args.trust_remote_code,
     )
-    save_report(model.load_report, args)
+    with same_outcome("saving the load report"):
+        save_report(model.load_report, args)
 
     interrupt = InterruptCallback()
     callbacks = [MemoryCallback(), ThroughputCallback(), interrupt]
@@ -73,7 +75,7 @@ def main(recipe: Recipe) -> int:
 
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    if not interrupt.exit_status:
+    if not interrupt.cut_short:
         trainer.save_model()
         if eval_dataset is not None:
             metrics = trainer.evaluate()

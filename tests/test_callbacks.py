@@ -94,7 +94,7 @@ def test_throughput_counts_training_time_only(monkeypatch: pytest.MonkeyPatch) -
 class _Counted:
     """The parts of TrainerState and TrainingArguments that the callback reads."""
 
-    train_batch_size, gradient_accumulation_steps, world_size = 2, 2, 1
+    train_batch_size, gradient_accumulation_steps, world_size, device = 2, 2, 1, "cpu"
 
     def __init__(self, step: int, tokens: int) -> None:
         self.global_step, self.num_input_tokens_seen, self.args = step, tokens, self
@@ -172,7 +172,37 @@ def _interrupted_story(model_path: str, output_dir: str) -> dict[str, Any]:
     trainer.train()
     restored = [signal.getsignal(number) for number in InterruptCallback.SIGNALS] == before
     assert not any("eval_loss" in entry for entry in trainer.state.log_history)
+    assert callback.cut_short
     return {**report(trainer), "status": callback.exit_status, "step": trainer.state.global_step, "restored": restored}
+
+
+def test_signals_from_the_last_step_on_leave_a_complete_run(model_path: str, tmp_path: Path) -> None:
+    """During the last step the ranks still agree on a checkpoint; later they agree when training ends."""
+    run_distributed(_late_signals, model_path, str(tmp_path), **RANKS)
+
+
+class _LateSignal(TrainerCallback):
+    """Signals rank 1 alone during the last step, or while its loss is logged."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self.send)
+
+    def send(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= 1 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _late_signals(model_path: str, output_dir: str) -> None:
+    for event in ("on_pre_optimizer_step", "on_log"):
+        folder, callback = Path(output_dir) / event, InterruptCallback()
+        trainer = make_trainer(
+            model_path, str(folder), callbacks=[_LateSignal(event), callback], save_strategy="no", max_steps=2,
+            logging_steps=2,
+        )  # fmt: skip
+        trainer.train()
+        assert (callback.exit_status, callback.cut_short) == (128 + signal.SIGTERM, False)
+        assert (folder / "checkpoint-2").is_dir() == (event != "on_log")
+        trainer.save_model()
 
 
 def test_interrupted_run_keeps_its_checkpoint_when_the_best_one_is_another(model_path: str, tmp_path: Path) -> None:
@@ -204,8 +234,9 @@ def test_second_signal_does_what_it_did_before(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(time, "monotonic", lambda: now + 2 * REPEAT_WINDOW_S)
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
-        # A signal that no step was left to act on is not lost either.
+        # One that no step was left to act on is reported, and does nothing else: other ranks have not got it.
         callback.on_train_end(arguments, arguments, None)  # type: ignore[arg-type]
-        assert received == [signal.SIGTERM] * 2
+        assert received == [signal.SIGTERM]
+        assert (callback.exit_status, callback.cut_short) == (128 + signal.SIGTERM, False)
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from trl import get_peft_config
 
-from hf_fsdp_qlora.config import load_recipe
+from hf_fsdp_qlora.callbacks import MemoryCallback
+from hf_fsdp_qlora.config import Recipe, load_recipe
 from recipes.demo.base_model import EVAL_PASSAGES, SEQUENCE_LENGTH, build_base_model, write_data
 from recipes.demo.run import launch_command, peak_memory, read_results
 from recipes.demo.stock_eval import stock_eval_loss
@@ -101,6 +106,51 @@ def test_sft_trains_on_two_processes_and_the_stock_stack_agrees(work: Path, tmp_
     )  # fmt: skip
     # fp32 on both sides; bitsandbytes' CPU kernels round differently from a dequantised matmul.
     assert reloaded == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_sft_fails_on_every_rank_alike_and_saves_what_a_late_signal_left_complete(work: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load((ROOT / "recipes/demo/sft.yaml").read_text())
+    values |= {
+        "model_name_or_path": str(work / "base"), "dataset_name": str(work / "train.jsonl"), "eval_strategy": "no",
+        "output_dir": str(tmp_path / "adapter"), "max_steps": 1, "logging_steps": 1, "save_strategy": "no",
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "adapter" / "load_report.json").mkdir(parents=True)  # rank 0 cannot write the file
+    ranks = run_distributed(
+        _sft_with_trouble, str(tmp_path / "recipe.yaml"), env=FSDP2, process_group=False, timeout_s=60
+    )
+    assert "failed on rank 1: OSError: the hub is down" in ranks[0][0] and ranks[1][0] == "the hub is down"
+    assert "saving the load report failed on rank 0" in ranks[1][1]
+    assert [status for *_, status in ranks] == [128 + signal.SIGTERM] * 2
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def _sft_with_trouble(recipe_path: str) -> list[Any]:
+    """Three runs: rank 1 cannot read the adapter's config, rank 0 cannot write, rank 1 is signalled at the end."""
+    from recipes import sft
+
+    recipe, on_rank_1 = load_recipe(recipe_path), os.environ["RANK"] == "1"
+
+    def adapter_config(recipe: Recipe) -> Any:
+        if on_rank_1:
+            raise OSError("the hub is down")
+        return get_peft_config(recipe.model_args)
+
+    class SignalledMemory(MemoryCallback):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            if on_rank_1 and "loss" in kwargs["logs"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((OSError, RuntimeError)) as reading:
+        patch.setattr(sft, "adapter_config", adapter_config)
+        sft.main(recipe)
+    with pytest.raises((OSError, RuntimeError)) as writing:
+        sft.main(recipe)
+    if not on_rank_1:
+        (Path(recipe.training_args.output_dir or "") / "load_report.json").rmdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "MemoryCallback", SignalledMemory)
+        return [str(reading.value), str(writing.value), sft.main(recipe)]
 
 
 def test_sft_script_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:

@@ -172,16 +172,22 @@ def test_quantization_config_follows_the_recipe_and_the_checkpoints_dtype(tmp_pa
     assert config.bnb_4bit_use_double_quant and config.bnb_4bit_compute_dtype == torch.float16
 
 
-def test_resume_point_means_last_given_or_none(tmp_path: Path, model_path: Path) -> None:
+def test_resume_point_means_last_complete_given_or_none(
+    tmp_path: Path, model_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def point(value: str) -> str | None:
         return resume_point(make_recipe(tmp_path, model_path, resume_from_checkpoint=value).training_args)
 
     assert point("auto") is None and point("false") is None
-    with pytest.raises(ConfigError, match="has no checkpoint"):
+    (tmp_path / "checkpoint-20").mkdir()  # its save was cut short
+    with pytest.raises(ConfigError, match="has no complete checkpoint"):
         point("true")
     for step in (5, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    caplog.clear()
     assert point("true") == point("auto") == str(tmp_path / "checkpoint-10")
+    assert "checkpoint-20" in caplog.text
     assert point(str(tmp_path / "checkpoint-5")) == str(tmp_path / "checkpoint-5")
     with pytest.raises(ConfigError, match="is no folder"):
         point("checkpoint-7")

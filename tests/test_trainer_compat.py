@@ -8,31 +8,32 @@ is bitwise.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from hf_fsdp_qlora.errors import ConfigError
 from tests.distributed import run_distributed
 from tests.tiny_models import save_tiny_model
-from tests.trainer_story import launch_env, make_data, make_trainer, model_of, report, train
+from tests.tiny_tokenizer import make_tokenizer
+from tests.trainer_story import (
+    RUNS,
+    adapter,
+    assert_close,
+    assert_equal,
+    launch,
+    make_data,
+    make_trainer,
+    model_of,
+    report,
+    train,
+)
 
-SHARDED = "SHARDED_STATE_DICT"
-# name: (world size, environment)
-RUNS: dict[str, tuple[int, dict[str, str]]] = {
-    "fsdp2-full": (2, launch_env("fsdp2")),
-    "fsdp2-sharded": (2, launch_env("fsdp2", state_dict_type=SHARDED, wrap="NO_WRAP")),
-    "fsdp2-one-rank": (1, launch_env("fsdp2", wrap="NO_WRAP")),
-    "one-process": (1, launch_env("plain")),
-    "ddp": (2, launch_env("plain")),
-}
 Finished = dict[str, tuple[Path, list[dict[str, Any]]]]
 
 
@@ -46,27 +47,6 @@ def finished(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Finis
     """For every engine: the output folder of one uninterrupted run, and what its ranks reported."""
     folders = {name: tmp_path_factory.mktemp(name) for name in RUNS}
     return {name: (folder, launch(name, _full_story, model_path, str(folder))) for name, folder in folders.items()}
-
-
-def launch(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-    world_size, env = RUNS[name]
-    group = name == "ddp"  # as after torchrun; under FSDP accelerate opens it
-    return run_distributed(function, *args, world_size=world_size, env=env, process_group=group, **kwargs)
-
-
-def adapter(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "adapter_model.safetensors")
-
-
-def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-6, msg=key)
-
-
-def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[key], value) for key, value in expected.items())
 
 
 def _full_story(model_path: str, output_dir: str) -> dict[str, Any]:
@@ -147,6 +127,26 @@ def test_resuming_equals_the_uninterrupted_run(
         assert_equal(adapter(tmp_path / "final"), adapter(folder / "final"))
     else:
         assert_close(adapter(tmp_path / "final"), adapter(folder / "final"))
+
+
+def test_frozen_adapter_evaluates_and_is_saved_unchanged(
+    finished: Finished, model_path: str, tmp_path: Path
+) -> None:
+    saved = finished["fsdp2-full"][0] / "checkpoint-4"
+    history = json.loads((saved / "trainer_state.json").read_text())["log_history"]
+    expected = [entry["eval_loss"] for entry in history if entry["step"] == 4 and "eval_loss" in entry]
+    load = {"peft_config": None, "adapter_name_or_path": str(saved), "is_trainable": False}
+    losses = launch("fsdp2-full", _evaluate_and_save, model_path, str(tmp_path), load)
+    assert losses == expected * 2
+    assert_equal(adapter(tmp_path), adapter(saved))
+
+
+def _evaluate_and_save(model_path: str, output_dir: str, load: dict[str, Any]) -> float:
+    trainer = make_trainer(model_path, output_dir, load=load)
+    assert not any(parameter.requires_grad for parameter in model_of(trainer).parameters())
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    return loss
 
 
 @pytest.mark.parametrize("name", ["fsdp2-full", "fsdp2-sharded", "ddp"])
@@ -280,7 +280,6 @@ def _stock_story(model_path: str, output_dir: str) -> None:
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     from hf_fsdp_qlora.trainer_compat import install
-    from tests.tiny_tokenizer import make_tokenizer
 
     install()
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), LoraConfig(task_type="CAUSAL_LM"))

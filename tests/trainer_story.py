@@ -6,16 +6,19 @@ that `accelerate launch` sets (accelerate/utils/launch.py), so that accelerate i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, TrainerCallback
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_fsdp_qlora.loading import load_model
+from tests.distributed import run_distributed
 from tests.tiny_tokenizer import make_tokenizer
 
 NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -35,6 +38,40 @@ def launch_env(
     }  # fmt: skip
 
 
+SHARDED = "SHARDED_STATE_DICT"
+# name: (world size, environment)
+RUNS: dict[str, tuple[int, dict[str, str]]] = {
+    "fsdp2-full": (2, launch_env("fsdp2")),
+    "fsdp2-sharded": (2, launch_env("fsdp2", state_dict_type=SHARDED, wrap="NO_WRAP")),
+    "fsdp2-one-rank": (1, launch_env("fsdp2", wrap="NO_WRAP")),
+    "one-process": (1, launch_env("plain")),
+    "ddp": (2, launch_env("plain")),
+}
+
+
+def launch(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """What `function` returned on the ranks of the run of that name in `RUNS`."""
+    world_size, env = RUNS[name]
+    group = name == "ddp"  # as after torchrun; under FSDP accelerate opens it
+    return run_distributed(function, *args, world_size=world_size, env=env, process_group=group, **kwargs)
+
+
+def adapter(directory: Path) -> dict[str, torch.Tensor]:
+    """The saved tensors of a PEFT directory."""
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():  # fp32 sums in another order
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+
+
 def make_data(count: int, seed: int = 0) -> Dataset:
     """Random sequences of 10 to 23 tokens, no special ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,15 +87,17 @@ def make_trainer(
     *,
     lora: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    load: dict[str, Any] | None = None,
+    data: Dataset | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: list[TrainerCallback] | None = None,
     optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     **config: Any,
 ) -> SFTTrainer:
     """A stock SFTTrainer around what `load_model` returns: accumulation, clipping, checkpointing, tiny everything."""
     lora = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **(lora or {})}
-    model = load_model(
-        model_path, quantization_config=BitsAndBytesConfig(**NF4), peft_config=LoraConfig(**lora), dtype=dtype
-    )
+    settings_of_load = {"peft_config": LoraConfig(**lora), "dtype": dtype, **(load or {})}
+    model = load_model(model_path, quantization_config=BitsAndBytesConfig(**NF4), **settings_of_load)
     settings = dict(
         output_dir=output_dir, per_device_train_batch_size=2 // world_size_of(model), gradient_accumulation_steps=2,
         max_steps=4, logging_steps=1, save_strategy="steps", save_steps=2, report_to=[], max_grad_norm=0.1,
@@ -68,9 +107,9 @@ def make_trainer(
     return SFTTrainer(
         model=model,
         args=SFTConfig(**{**settings, **config}),  # type: ignore[arg-type]
-        train_dataset=make_data(32),
+        train_dataset=data or make_data(32),
         eval_dataset=make_data(8, seed=1),
-        processing_class=make_tokenizer(),
+        processing_class=tokenizer or make_tokenizer(),
         callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
     )

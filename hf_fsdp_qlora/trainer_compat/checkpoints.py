@@ -68,10 +68,19 @@ def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def save_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Write the optimizer state of a model that FSDP1 wrapped, keyed by parameter name. Collective."""
-    state = optimizer_state(model, optimizer)
+    """Write the whole optimizer state of a sharded model, keyed by parameter name. Collective; rank 0 writes.
+
+    Raises:
+        RuntimeError: writing failed on rank 0; raised on the other ranks, which did not write.
+    """
+    if is_wrapped(model):
+        state: Any = optimizer_state(model, optimizer)
+    else:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(model, optimizer, options=options)
     with same_outcome(f"saving the optimizer state to {checkpoint}"):
         if rank() == 0:
+            checkpoint.mkdir(parents=True, exist_ok=True)
             torch.save(state, checkpoint / _BY_NAME)
 
 

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ex
 from peft import PeftModel
 from transformers import Trainer
 
-from hf_fsdp_qlora.distributed import local_rank, rank, world_size
+from hf_fsdp_qlora.distributed import local_rank, rank, same_outcome, world_size
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.export import restore_adapter
 from hf_fsdp_qlora.linear import QuantizedLinear
@@ -47,6 +47,7 @@ def install() -> None:
         (Trainer, "save_model", _patched_save_model),
         (transformers.trainer, "save_fsdp_model", _patched_save_fsdp_model),
         (transformers.trainer, "save_fsdp_optimizer", patched_save_fsdp_optimizer),
+        (Trainer, "_save_optimizer_and_scheduler", _patched_save_optimizer),
         (Trainer, "_load_from_checkpoint", _patched_load_from_checkpoint),
         (Trainer, "_load_best_model", _patched_load_best_model),
         (Trainer, "_load_optimizer_and_scheduler", _patched_load_optimizer),
@@ -179,25 +180,42 @@ def _patched_prepare_model(stock: Any) -> Any:
 
 def _patched_save_model(stock: Any) -> Any:
     """Write the adapter under SHARDED_STATE_DICT too, where the Trainer writes no model at all (not even the
-    directory, so `load_best_model_at_end` finds no checkpoint).
+    directory, so `load_best_model_at_end` finds no checkpoint); and if the writing rank fails, fail on every rank: the
+    others would wait in the next collective.
 
-    https://github.com/huggingface/transformers/issues/30491. Can go when `Trainer.save_model` saves then.
+    https://github.com/huggingface/transformers/issues/30491. Can go when `Trainer.save_model` does both.
     """
 
     @functools.wraps(stock)
     def save_model(trainer: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if attachment(trainer.model) is not None and _writes_shards(trainer):
-            state_dict = trainer.accelerator.get_state_dict(trainer.model)
-            trainer._save(output_dir, state_dict=state_dict)
-        stock(trainer, output_dir, _internal_call)
+        # Without FSDP a script may save on one rank alone; the checkpoints of training are saved by all.
+        together = trainer.is_fsdp_enabled or (_internal_call and trainer.is_in_train)
+        if attachment(trainer.model) is None or not together:
+            stock(trainer, output_dir, _internal_call)
+            return
+        state_dict = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+        with same_outcome(f"saving the model to {output_dir or trainer.args.output_dir}"):
+            if trainer.args.should_save:
+                trainer._save(output_dir, state_dict=state_dict)
+        if trainer.args.push_to_hub and not _internal_call:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
     return save_model
 
 
-def _writes_shards(trainer: Trainer) -> bool:
-    if not trainer.is_fsdp_enabled:
-        return False
-    return "FULL_STATE_DICT" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+def _patched_save_optimizer(stock: Any) -> Any:
+    """As `_patched_save_model`, for the optimizer and the scheduler under DDP. Under FSDP the stock method gathers,
+    and what it calls is replaced (`patched_save_fsdp_optimizer`). Can go with `_patched_save_model`."""
+
+    @functools.wraps(stock)
+    def _save_optimizer_and_scheduler(trainer: Trainer, output_dir: str) -> None:
+        if attachment(trainer.model) is None or trainer.is_fsdp_enabled:
+            stock(trainer, output_dir)
+            return
+        with same_outcome(f"saving the optimizer state to {output_dir}"):
+            stock(trainer, output_dir)
+
+    return _save_optimizer_and_scheduler
 
 
 def _patched_save_fsdp_model(stock: Any) -> Any:

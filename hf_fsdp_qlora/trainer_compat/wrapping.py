@@ -94,14 +94,18 @@ def patched_get_state_dict(stock: Any) -> Any:
 
 
 def patched_save_fsdp_optimizer(stock: Any) -> Any:
-    """Save the state as every engine here reads it. torch's is wrong on CPU, and in it parameters of one unit share a
-    step counter, which other engines then advance once for each (see fsdp1.py). Can go when torch copies them."""
+    """Save FSDP1's state as every engine here reads it. torch's is wrong on CPU, and in it parameters of one unit
+    share a step counter, which other engines then advance once for each (see fsdp1.py). Can go when torch copies them.
+
+    FSDP2's whole state goes the same way, so that a full disk stops every rank; a sharded one is written by
+    torch.distributed.checkpoint, which sees to that itself. Can go when accelerate compares the ranks' outcomes.
+    """
 
     @functools.wraps(stock)
     def save_fsdp_optimizer(
         plugin: Any, accelerator: Accelerator, optimizer: Any, model: Any, output_dir: str, *args: Any, **kwargs: Any
     ) -> None:
-        if fsdp1.is_wrapped(model) and attachment(model) is not None:
+        if attachment(model) is not None and "FULL_STATE_DICT" in str(plugin.state_dict_type):
             save_optimizer(model, optimizer, Path(output_dir))
         else:
             stock(plugin, accelerator, optimizer, model, output_dir, *args, **kwargs)
