@@ -64,6 +64,11 @@ def check_offload(offload: Offload, engine: Engine, device: torch.device) -> Non
             f"offload={offload!r} needs FSDP2 or FSDP1, also on one GPU. Launch with "
             "accelerate_configs/fsdp2_offload.yaml or fsdp1_offload.yaml."
         )
+    if offload != "none" and engine == "fsdp1" and device.type == "cpu":
+        raise ConfigError(
+            f"offload={offload!r} with FSDP1 needs an accelerator: torch pins the shards' memory. On the CPU "
+            "everything is in host memory already; leave it out."
+        )
     if engine == "fsdp2" and offload == "all" and device.type == "cuda" and "cpu:" not in dist.get_backend_config():
         raise ConfigError(
             "offload='all' puts gradients on the host, and the process group cannot reduce them there. Set "

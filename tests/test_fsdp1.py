@@ -16,17 +16,19 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from hf_fsdp_qlora import fsdp1
 from hf_fsdp_qlora.callbacks import WeightIntegrityCallback
 from hf_fsdp_qlora.export import gather_adapter
-from hf_fsdp_qlora.integrity import check_integrity
+from hf_fsdp_qlora.integrity import IntegrityError, check_integrity
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.loading import load_model
 from hf_fsdp_qlora.skeleton import decoder_layers
 from hf_fsdp_qlora.trainer_compat import attachment
+from tests.conformance.cases import CASES
 from tests.distributed import run_distributed
-from tests.test_loading import CPU, FSDP2, batch, nf4, plain_name
+from tests.test_loading import CPU, FSDP2, LORA, batch, nf4, plain_name
 from tests.tiny_models import save_tiny_model
 from tests.trainer_story import launch_env, make_trainer, model_of, report
 
@@ -98,6 +100,100 @@ def test_two_ranks_equal_one_process_in_fp32(llama: Path, engine: str) -> None:
         assert results[0][when].keys() == expected[when].keys()
         for name, value in expected[when].items():
             assert torch.equal(results[0][when][name], value), (when, name)
+
+
+@pytest.mark.parametrize("engine", WAYS)
+def test_bf16_losses_equal_fsdp2_to_rounding(llama: Path, engine: str) -> None:
+    [expected, _], results = run(llama, "fsdp2"), run(llama, engine)
+    for result in results:
+        # bfloat16 has 8 bits; FSDP1 sums the adapters' gradients in float32 as FSDP2 does.
+        assert result["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+        assert set(result["buffers"].values()) == {torch.float32}
+        assert all(torch.equal(result["weights"][name], weight) for name, weight in expected["weights"].items())
+
+
+def survive(path: str, names: list[str], broadcast_by_torch: bool) -> dict[str, dict[str, Tensor]]:
+    """Every format's weights after wrapping and a step."""
+    found = {}
+    for name in names:
+        model: Any = load_model(path, quantization_config=CASES[name].make_config(), peft_config=LORA)
+        wrapped = wrap_as_on_gpu(model) if broadcast_by_torch else wrap(model, use_orig_params=True)
+        wrapped.train()
+        wrapped(**batch()).loss.backward()
+        assert check_integrity(wrapped) > 0
+        layers = [(fsdp1.clean_name(n), m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+        found[name] = {plain_name(key): layer.dequantize() for key, layer in layers}
+    return found
+
+
+def wrap_as_on_gpu(model: Any) -> Any:
+    """Let torch broadcast while it wraps, as accelerate asks it to on a GPU; it refuses on CPU, where gloo could."""
+    fsdp1._broadcast = lambda *_: None  # type: ignore[assignment]
+    torch.distributed.fsdp._init_utils._check_module_states_for_sync_module_states = lambda *_: None
+    attached, layers = attachment(model), decoder_layers(model.get_base_model())
+    assert attached is not None
+    arguments = fsdp1.unit_arguments(
+        model, layers, precision=attached.precision, offload="none", device=torch.device("cpu")
+    )
+    return fsdp1.wrap(model, {**arguments, "sync_module_states": True})
+
+
+def weights_of(path: str, names: list[str]) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for name in names:
+        model = load_model(path, quantization_config=CASES[name].make_config(), peft_config=LORA)
+        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+        found[name] = {plain_name(key): layer.dequantize() for key, layer in layers}
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "broadcast_by_torch"), [(3, False), (2, True)], ids=["3 ranks", "torch broadcasts"])
+def test_every_format_survives(llama: Path, ranks: int, broadcast_by_torch: bool) -> None:
+    names = list(CASES) if ranks == 3 else list(CASES)[:1]
+    [expected] = run_distributed(weights_of, str(llama), names, world_size=1, process_group=False, env=CPU)
+    for found in run_distributed(survive, str(llama), names, broadcast_by_torch, world_size=ranks, env=FSDP1):
+        for name in names:
+            assert found[name].keys() == expected[name].keys()
+            assert all(torch.equal(found[name][key], weight) for key, weight in expected[name].items()), name
+
+
+def damage(path: str) -> str:
+    model = wrap(load_model(path, quantization_config=nf4(), peft_config=LORA), use_orig_params=False)
+    check_integrity(model)
+    unit = next(unit for unit in type(model).fsdp_modules(model) if "DecoderLayer" in type(unit.module).__name__)
+    if torch.distributed.get_rank() == 0:
+        unit._handle.flat_param.data.view(torch.uint8)[100] ^= 1
+    with pytest.raises(IntegrityError, match="1 of") as caught:
+        check_integrity(model)
+    return str(caught.value)
+
+
+def test_one_changed_bit_is_found_on_every_rank_after_wrapping(llama: Path) -> None:
+    assert all("_proj" in message for message in run_distributed(damage, str(llama), env=FSDP1))
+
+
+def continue_and_save(path: str, saved: str, output_dir: str) -> None:
+    """Load a saved adapter, wrap, save it again, and see that no frozen unit was gathered for it."""
+    model: Any = load_model(path, quantization_config=nf4(), adapter_name_or_path=saved)
+    root = wrap(model, use_orig_params=False)
+    gathered: list[bool] = []
+    unshard = FlatParamHandle.unshard
+
+    def watched(handle: Any) -> None:
+        gathered.append(handle.flat_param.requires_grad)
+        unshard(handle)
+
+    FlatParamHandle.unshard = watched  # type: ignore[method-assign]
+    model.save_pretrained(output_dir)
+    assert gathered and all(gathered) and fsdp1.is_wrapped(root)
+
+
+def test_saved_adapter_is_continued_and_saving_gathers_nothing_frozen(llama: Path, tmp_path: Path) -> None:
+    model = load_model(llama, quantization_config=nf4(), peft_config=LORA, seed=7)
+    model.save_pretrained(str(tmp_path / "one"))
+    run_distributed(continue_and_save, str(llama), str(tmp_path / "one"), str(tmp_path / "two"), env=FSDP1)
+    first, second = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def launched(use_orig_params: bool) -> dict[str, str]:

@@ -114,6 +114,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "fp16": (FSDP1, dict(dtype="float16"), "dtype=torch.float16 with FSDP1"),
     "storage": (FSDP1, dict(quantization_config=nf4(bnb_4bit_quant_storage="float32")),
                 "bnb_4bit_quant_storage=torch.float32 with FSDP1 and dtype=torch.bfloat16"),
+    "offload": (FSDP1, dict(offload="all"), "offload='all' with FSDP1 needs an accelerator"),
     "no adapter": (FSDP1, dict(peft_config=None), "FSDP1 without an adapter"),
     "dora": (FSDP1, dict(peft_config=LoraConfig(use_dora=True, target_modules="all-linear")),
              "use_dora does not work"),
