@@ -288,7 +288,8 @@ class _ParameterInit:
         self.device = device
         self.made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # by id of the old one, which is kept alive
 
-    def __call__(self, module: nn.Module) -> None:
+    def __call__(self, module: nn.Module) -> nn.Module:
+        """Returns the module, which accelerate goes on with where weights are tied."""
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 if id(parameter) not in self.made:
@@ -296,6 +297,7 @@ class _ParameterInit:
                     new = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                     self.made[id(parameter)] = (parameter, new)
                 setattr(module, name, self.made[id(parameter)][1])
+        return module
 
 
 def _full_states(root: FSDP, *, rank0_only: bool) -> AbstractContextManager[Any]:
@@ -338,7 +340,7 @@ def _mixed(precision: Precision, *, cast_forward_inputs: bool = False) -> MixedP
     )
 
 
-def _broadcast(model: nn.Module, init: Callable[[nn.Module], None]) -> None:
+def _broadcast(model: nn.Module, init: Callable[[nn.Module], nn.Module]) -> None:
     for module in model.modules():
         init(module)
     for tensor in [*model.parameters(), *model.buffers()]:

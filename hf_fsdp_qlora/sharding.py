@@ -191,7 +191,10 @@ def gathered_rows(model: nn.Module) -> Iterator[list[QuantizedLinear]]:
             return
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if not isinstance(model, FSDPModule):  # before FSDP1 wraps, rank 0 alone has values
-        yield [layer for layer in layers if not layer.weight.is_meta]
+        if any(layer.fetch_rows for layer in layers):
+            yield from ([layer] for layer in layers if not layer.weight.is_meta)
+        else:
+            yield layers
         return
     # Streams and groups are set up by the root's first forward; the walk may come before it.
     model._get_fsdp_state()._lazy_init()

@@ -1,0 +1,249 @@
+"""FSDP1 through accelerate and the stock SFTTrainer, beside FSDP2 and one process: losses, bytes, adapters, resuming.
+
+    python benchmarks/fsdp1_check.py             (PYTHONPATH=. in front where the package is not installed)
+
+Needs one GPU, which two NCCL ranks share, or two. Without a GPU it runs on the CPU, where accelerate cannot broadcast
+while it wraps, so that this part is not seen. The model is a tiny random Llama made on the spot.
+
+Every run loads, compares dequantised weights with bitsandbytes on whole tensors, trains in bf16 with fp32 adapters,
+gradient checkpointing and clipping, saves in the middle, and compares gathered rows again. Then some runs are resumed
+from the checkpoint in the middle, by the engine that saved it and by others. Ends with a table; the exit status is 1
+if anything misses its limit. About two minutes.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from datasets import Dataset
+from integrity_ours import count_differing, expect, plain_name
+from launch import FSDP2_ENV, describe_machine, run_ranks
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from tiny_llama import SEQUENCES, four_bit, linear_weights, make_tokenizer, relative_error, save_tiny_llama, tokens
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from hf_fsdp_qlora import QuantizedLinear, WeightIntegrityCallback, load_model
+from hf_fsdp_qlora.sharding import gathered_rows
+
+STEPS, SAVED_AT = 6, 3
+DTYPE = torch.bfloat16
+LOSS_LIMIT = 5e-3
+"""Relative, as in byte_integrity.py: rounding of bf16, 2**-8 per value, averaged out."""
+ADAPTER_LIMIT = 0.05
+"""Relative, against one process after all steps: Adam turns rounding in small gradients into steps of full size."""
+
+FSDP1_ENV = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "1",
+    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+    "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",
+    "FSDP_FORWARD_PREFETCH": "false",
+    "FSDP_USE_ORIG_PARAMS": "false",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": str(torch.cuda.is_available()).lower(),
+    "FSDP_SYNC_MODULE_STATES": str(torch.cuda.is_available()).lower(),
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+}
+"""What the shipped fsdp1.yaml makes `accelerate launch` set, as far as the CPU allows."""
+
+RUNS: dict[str, tuple[int, dict[str, str], dict[str, Any]]] = {
+    "one process": (1, {}, {}),
+    "fsdp2": (2, FSDP2_ENV, {}),
+    "fsdp1": (2, FSDP1_ENV, {}),
+    "fsdp1, use_orig_params": (2, {**FSDP1_ENV, "FSDP_USE_ORIG_PARAMS": "true"}, {}),
+    "fsdp1, offload all": (2, {**FSDP1_ENV, "FSDP_OFFLOAD_PARAMS": "true"}, {}),
+    "fsdp1, offload base": (2, {**FSDP1_ENV, "FSDP_USE_ORIG_PARAMS": "true"}, {"offload": "base"}),
+    "fsdp1, pure bf16": (2, FSDP1_ENV, {"precision": "bf16"}),
+}
+if not torch.cuda.is_available():  # torch pins memory for FSDP1's offload, which needs an accelerator
+    RUNS = {name: run for name, run in RUNS.items() if "offload" not in name}
+OTHER_DTYPE = ("fsdp1, pure bf16",)
+RESUMED = {  # run: the one whose checkpoint it goes on from
+    "fsdp1": "fsdp1",
+    "fsdp1, use_orig_params": "fsdp1",
+    "fsdp2": "fsdp1",
+    "one process": "fsdp1, use_orig_params",
+    "fsdp1, offload all": "fsdp2",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one rank brings back. Bytes are counted against bitsandbytes on the whole tensors."""
+
+    losses: list[float]
+    compared_bytes: int
+    differing_bytes: int
+    weights_equal: bool
+    rotary_dtype: torch.dtype
+    adapter_dtypes: set[torch.dtype]
+    peak_gib: float
+    seconds: float
+
+
+def main() -> int:
+    print(describe_machine(), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_tiny_llama(folder / "model")
+        straight = run_all(folder, dict.fromkeys(RUNS))
+        middle = f"checkpoint-{SAVED_AT}"
+        goals = {name: source for name, source in RESUMED.items() if name in RUNS}
+        resumed = run_all(folder, {name: place(folder, source) / middle for name, source in goals.items()})
+        return report(folder, straight, resumed)
+
+
+def run_all(folder: Path, runs: Mapping[str, Path | None]) -> dict[str, list[Run]]:
+    """Every run in processes of its own; beside a GPU there are cores enough for some at the same time."""
+    with ThreadPoolExecutor(4 if torch.cuda.is_available() else 1) as pool:
+        started: dict[str, Future[list[Run]]] = {}
+        for name, checkpoint in runs.items():
+            world_size, env, arguments = RUNS[name]
+            started[name] = pool.submit(
+                run_ranks, train, str(folder / "model"), str(place(folder, name, checkpoint)), arguments,
+                None if checkpoint is None else str(checkpoint),
+                world_size=world_size, env=env, process_group=world_size > 1,
+            )  # fmt: skip
+        return {name: future.result() for name, future in started.items()}
+
+
+def train(path: str, output_dir: str, arguments: dict[str, Any], checkpoint: str | None) -> Run:
+    """On every rank: load, check, train, check."""
+    started = time.perf_counter()
+    device = PartialState().device
+    expected = {name: expect(weight.to(device)) for name, weight in linear_weights(path).items()}
+    model: Any = load_model(
+        path,
+        quantization_config=four_bit(DTYPE),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        **arguments,
+    )
+    layers = {plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    equal = all(torch.equal(layer.dequantize(), expected[name].weight) for name, layer in layers.items())
+    trainer = make_trainer(model, output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(Path(output_dir) / "final"))
+    names = {id(layer): name for name, layer in layers.items()}
+    compared = differing = 0
+    for group in gathered_rows(trainer.model):  # type: ignore[arg-type]
+        for layer in group:
+            wrong, total = count_differing(layer, expected[names[id(layer)]])
+            compared, differing = compared + total, differing + int(wrong)
+    equal = equal and all(torch.equal(layer.dequantize(), expected[name].weight) for name, layer in layers.items())
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return Run(
+        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        compared_bytes=compared,
+        differing_bytes=differing,
+        weights_equal=equal,
+        rotary_dtype=next(buffer.dtype for name, buffer in model.named_buffers() if name.endswith("inv_freq")),
+        adapter_dtypes={p.dtype for p in trainer.model.parameters() if p.requires_grad},  # type: ignore[union-attr]
+        peak_gib=peak / 2**30,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def make_trainer(model: Any, output_dir: str) -> SFTTrainer:
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    args = SFTConfig(
+        output_dir=output_dir, max_steps=STEPS, save_steps=SAVED_AT, logging_steps=1, report_to=[], bf16=True,
+        per_device_train_batch_size=SEQUENCES // ranks // 2, gradient_accumulation_steps=2, learning_rate=1e-3,
+        max_grad_norm=1.0, gradient_checkpointing=True, disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    data = Dataset.from_list([{"input_ids": row} for row in tokens(SEQUENCES * STEPS).tolist()])
+    return SFTTrainer(
+        model=model, args=args, train_dataset=data, processing_class=make_tokenizer(),
+        callbacks=[WeightIntegrityCallback()],
+    )  # fmt: skip
+
+
+def report(folder: Path, straight: dict[str, list[Run]], resumed: dict[str, list[Run]]) -> int:
+    """Print everything side by side. Returns the exit status."""
+    reference = straight["one process"][0].losses
+    expected = adapter(folder, "one process")
+    missed = []
+    for name, ranks in straight.items():
+        gap = loss_error(ranks[0].losses, reference)
+        own = adapter(folder, name)
+        plain = own.keys() == expected.keys() and not list(place(folder, name).rglob("pytorch_model_fsdp*"))
+        error = adapter_error(own, expected) if plain else math.inf
+        limit = math.inf if name in OTHER_DTYPE else ADAPTER_LIMIT
+        good = plain and gap < LOSS_LIMIT and error < limit and all(is_sound(rank, name) for rank in ranks)
+        missed += [] if good else [name]
+        print(describe(name, ranks, gap, error, good))
+    for name, ranks in resumed.items():
+        gap = loss_error(ranks[0].losses, straight[RESUMED[name]][0].losses)
+        good = gap < LOSS_LIMIT
+        missed += [] if good else [f"{name} resumed"]
+        verdict = "ok" if good else "BAD"
+        print(f"{name} resumed from step {SAVED_AT} of {RESUMED[name]}: loss error {gap:.1e}  {verdict}")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    loaded = PeftModel.from_pretrained(base, str(place(folder, "fsdp1") / "final"))
+    print(f"stock PEFT loads the adapter of fsdp1 as {type(loaded).__name__}")
+    print("all within limits" if not missed else f"OUT OF LIMITS: {', '.join(missed)}")
+    return int(bool(missed))
+
+
+def is_sound(run: Run, name: str) -> bool:
+    """Bytes, weights and dtypes of one rank are what they should be."""
+    dtype = torch.bfloat16 if name in OTHER_DTYPE else torch.float32
+    return (
+        run.compared_bytes > 0
+        and run.differing_bytes == 0
+        and run.weights_equal
+        and run.rotary_dtype == torch.float32
+        and run.adapter_dtypes == {dtype}
+    )
+
+
+def describe(name: str, ranks: list[Run], gap: float, error: float, good: bool) -> str:
+    """A few lines of the report."""
+    run = ranks[0]
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in run.adapter_dtypes)
+    return (
+        f"{name}: {'ok' if good else 'BAD'}\n"
+        f"    losses {' '.join(f'{loss:.5f}' for loss in run.losses)} (off by {gap:.1e}), adapters {error:.1e}\n"
+        f"    {sum(rank.differing_bytes for rank in ranks)} of {run.compared_bytes} bytes differ on any rank, weights "
+        f"{'equal' if run.weights_equal else 'DIFFER'}; rotary {run.rotary_dtype}, adapters {dtypes}; "
+        f"{run.peak_gib:.2f} GiB, {run.seconds:.0f} s"
+    )
+
+
+def place(folder: Path, name: str, checkpoint: Path | None = None) -> Path:
+    """The output folder of a run."""
+    return folder / f"{'' if checkpoint is None else 'resumed '}{name}".replace(", ", "-").replace(" ", "-")
+
+
+def adapter(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(place(folder, name) / "final" / "adapter_model.safetensors")
+
+
+def loss_error(losses: list[float], expected: list[float]) -> float:
+    """The largest relative difference over the steps."""
+    return max(abs(loss / other - 1) for loss, other in zip(losses, expected, strict=True))
+
+
+def adapter_error(adapters: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Relative L2 error over all tensors together."""
+    sides = (adapters, expected)
+    flat = [torch.cat([tensors[key].flatten().float() for key in sorted(expected)]) for tensors in sides]
+    return relative_error(*flat)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
