@@ -13,6 +13,7 @@ Left out: pickle checkpoints, which run code and cannot be sliced.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import threading
 from collections import deque
@@ -198,7 +199,7 @@ class _Reader:
 
     def start(self, piece_of: TensorSlice) -> tuple[Tensor, list[Future[None]]]:
         """Begin to read a slice; the tensor is complete once every future is done."""
-        data = torch.empty(piece_of.num_bytes, dtype=torch.uint8, device=self.device)
+        data = _buffer(piece_of.num_bytes, self.device)
         allocated = None
         if self.device.type == "cuda":  # the block may still be read by kernels queued before it was freed
             allocated = torch.cuda.Event()
@@ -233,6 +234,14 @@ class _Reader:
             allocated.wait()
             target.copy_(staged, non_blocking=True)
         staging.stream.synchronize()
+
+
+def _buffer(num_bytes: int, device: torch.device) -> Tensor:
+    """An uninitialised byte tensor. On the CPU from pages of its own: in the heap, buffers of many sizes leave holes
+    that the process keeps."""
+    if device.type == "cpu" and num_bytes:
+        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def _read_exactly(file: int, offset: int, target: Tensor) -> None:
