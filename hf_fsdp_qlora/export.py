@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from hf_fsdp_qlora.distributed import rank, same_outcome
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.fsdp1 import is_wrapped, parameter_shapes, plain_names, read_parameters, write_parameters
+from hf_fsdp_qlora.fsdp1 import is_wrapped
+from hf_fsdp_qlora.fsdp1_state import parameter_shapes, plain_names, read_parameters, write_parameters
 from hf_fsdp_qlora.sharding import write_full_tensor
 
 MODEL_CARD = "README.md"

@@ -1,4 +1,4 @@
-"""FSDP1: what becomes a unit and under which policies, and how whole tensors are read and written afterwards.
+"""FSDP1: what becomes a unit and under which policies, and how rows are found afterwards.
 
 FSDP1 concatenates all parameters of a unit into one flat parameter and splits that. A flat parameter has one dtype, so
 rows are stored in the dtype of the model, which is also the mixed-precision `param_dtype`: FSDP1 then casts nothing,
@@ -17,7 +17,7 @@ Left out, and refused by `check_fsdp1`: what reads a parameter outside the forwa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -25,10 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from hf_fsdp_qlora.distributed import rank, world_size
 from hf_fsdp_qlora.engine import Offload
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
@@ -36,10 +34,7 @@ from hf_fsdp_qlora.precision import Precision
 from hf_fsdp_qlora.sharding import (
     CPUOffload,
     CustomPolicy,
-    FullOptimStateDictConfig,
-    FullStateDictConfig,
     MixedPrecision,
-    StateDictType,
     add_walk,
 )
 from hf_fsdp_qlora.sharding import FullyShardedDataParallel as FSDP
@@ -138,7 +133,7 @@ def finish(root: nn.Module) -> None:
     assert isinstance(root, FSDP)
     setattr(root.module, _ROOT, weakref.ref(root))
     for unit in FSDP.fsdp_modules(root):
-        for module, name in _held(unit):
+        for module, name in held(unit):
             if isinstance(module, QuantizedLinear) and name == "weight":
                 refs = weakref.ref(root), weakref.ref(unit), weakref.ref(module)
                 module.fetch_rows = partial(_rows_in_unit, *refs)
@@ -162,123 +157,50 @@ def is_wrapped(module: Any) -> bool:
 
 def gathered_units(model: nn.Module) -> Iterator[list[QuantizedLinear]]:
     """Walk over the quantised layers of a wrapped model while their rows are whole, unit by unit. Collective."""
-    root = _root(model)
+    root = root_of(model)
     for unit in FSDP.fsdp_modules(root):
-        layers = [module for module, name in _held(unit) if isinstance(module, QuantizedLinear) and name == "weight"]
+        layers = [module for module, name in held(unit) if isinstance(module, QuantizedLinear) and name == "weight"]
         if layers:
-            with _whole(root, unit):
+            with whole(root, unit):
                 yield layers
-
-
-def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Shapes of the whole parameters by the names that they have without FSDP1. No communication."""
-    root = _root(model)
-    return {
-        name: shape
-        for unit in FSDP.fsdp_modules(root)
-        for name, shape in zip(_names(model, unit), _shapes(unit), strict=True)
-    }
-
-
-def read_parameters(model: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
-    """Whole parameters on the CPU of rank 0, by their names without FSDP1; empty on other ranks. Collective.
-
-    Only units that hold a wanted parameter are gathered.
-    """
-    found: dict[str, Tensor] = {}
-    for here in _units_with(model, wanted):
-        if rank() == 0:
-            found |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in here.items()}
-    return found
-
-
-def write_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors, equal on every rank, into parameters by their names without FSDP1. Collective."""
-    for here in _units_with(model, set(values), writeback=True):
-        for name, tensor in here.items():
-            tensor.detach().copy_(values[name])
-
-
-def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """The whole optimizer state on the CPU of rank 0, keyed by parameter name; no states on other ranks. Collective.
-
-    One kind of state at a time: torch gathers all kinds of a unit into one buffer, and on the CPU every kind then ends
-    up with the values of the last (torch 2.13, `_allgather_orig_param_states`, with use_orig_params).
-    """
-    root = _root(model)
-    local = optimizer.state_dict()
-    kinds: list[set[str]] = [set()] * world_size()
-    dist.all_gather_object(kinds, {kind for values in local["state"].values() for kind in values})
-    whole: dict[str, Any] = {"state": {}}
-    with _full_states(root, rank0_only=True):
-        for kind in sorted(set().union(*kinds)) or [""]:
-            of_kind = {key: {kind: values[kind]} for key, values in local["state"].items() if kind in values}
-            part = FSDP.optim_state_dict(root, optimizer, {**local, "state": of_kind})
-            whole["param_groups"] = part.get("param_groups", [])
-            for name, values in part.get("state", {}).items():
-                whole["state"].setdefault(name, {}).update(_copied(values))
-    return whole
-
-
-def load_optimizer_state(model: nn.Module, optimizer: Any, saved: dict[str, Any]) -> None:
-    """Load what `optimizer_state` gives, the same on every rank, with the groups of `optimizer_names`. Collective."""
-    root = _root(model)
-    with _full_states(root, rank0_only=False):
-        loaded = FSDP.optim_state_dict_to_load(root, optimizer, saved)
-    # Parameters of a unit share one step counter then, and each would count every step.
-    optimizer.load_state_dict({**loaded, "state": {key: _copied(values) for key, values in loaded["state"].items()}})
-
-
-def optimizer_names(model: nn.Module, optimizer: Any) -> list[list[str]]:
-    """Names of the parameters in each group of the optimizer. Collective."""
-    root = _root(model)
-    with _full_states(root, rank0_only=False):
-        empty = {**optimizer.state_dict(), "state": {}}
-        return [group["params"] for group in FSDP.optim_state_dict(root, optimizer, empty)["param_groups"]]
-
-
-@contextmanager
-def plain_names(model: nn.Module) -> Iterator[None]:
-    """Let PEFT pick an adapter's entries out of a state dict.
-
-    It looks modules up by name, and asks saved modules for their own state dicts to learn their keys, which would
-    gather them.
-    """
-
-    def entries_of(adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:
-        prefix = f"modules_to_save.{adapter_name}."
-        return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-
-    def named_modules(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        for name, module in type(model).named_modules(model, *args, **kwargs):
-            yield clean_name(name), module
-
-    if not is_wrapped(model):
-        yield
-        return
-    saved: list[Any] = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    model.named_modules = named_modules  # type: ignore[method-assign]
-    for module in saved:
-        module.adapter_state_dict = entries_of
-    try:
-        yield
-    finally:
-        del model.named_modules
-        for module in saved:
-            del module.adapter_state_dict
 
 
 @contextmanager
 def whole_root(model: nn.Module) -> Iterator[None]:
     """Everything outside the decoder layers gathered, as a forward that does not begin at the root needs it."""
-    root = _root(model)
-    with _whole(root, root):
+    root = root_of(model)
+    with whole(root, root):
         yield
 
 
 def clean_name(name: str) -> str:
     """The name that a module or parameter has without wrappers."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def root_of(model: nn.Module) -> FSDP:
+    """The root unit of a wrapped model; the root itself is fine."""
+    if isinstance(model, FSDP):
+        return model
+    root = getattr(model, _ROOT)()
+    assert root is not None, "the root unit is gone"
+    return root
+
+
+def held(unit: FSDP) -> list[tuple[nn.Module, str]]:
+    """(module, name) of the parameters in a unit's flat parameter."""
+    if unit._handle is None:
+        return []
+    return [(info.module, info.param_name) for info in unit._handle.flat_param._param_infos]
+
+
+def whole(root: FSDP, unit: FSDP, *, writeback: bool = False) -> AbstractContextManager[None]:
+    """A unit's parameters whole; inside its own forward or backward they are already."""
+    if unit._handle is None or unit._handle._training_state.name != "IDLE":
+        return nullcontext()
+    # A unit that is asked first would take itself for the root.
+    _lazy_init(root, root)
+    return FSDP.summon_full_params(unit, recurse=False, writeback=writeback)
 
 
 class _ParameterInit:
@@ -298,15 +220,6 @@ class _ParameterInit:
                     self.made[id(parameter)] = (parameter, new)
                 setattr(module, name, self.made[id(parameter)][1])
         return module
-
-
-def _full_states(root: FSDP, *, rank0_only: bool) -> AbstractContextManager[Any]:
-    config = FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only)
-    return FSDP.state_dict_type(root, StateDictType.FULL_STATE_DICT, FullStateDictConfig(), config)
-
-
-def _copied(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
 
 
 def _own_units(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
@@ -347,60 +260,13 @@ def _broadcast(model: nn.Module, init: Callable[[nn.Module], nn.Module]) -> None
         dist.broadcast(tensor.detach(), src=0)
 
 
-def _root(model: nn.Module) -> FSDP:
-    if isinstance(model, FSDP):
-        return model
-    root = getattr(model, _ROOT)()
-    assert root is not None, "the root unit is gone"
-    return root
-
-
-def _held(unit: FSDP) -> list[tuple[nn.Module, str]]:
-    """(module, name) of the parameters in a unit's flat parameter."""
-    if unit._handle is None:
-        return []
-    return [(info.module, info.param_name) for info in unit._handle.flat_param._param_infos]
-
-
-def _shapes(unit: FSDP) -> Sequence[torch.Size]:
-    return () if unit._handle is None else unit._handle.flat_param._shapes
-
-
-def _names(model: nn.Module, unit: FSDP) -> list[str]:
-    """Names in the wrapped model of the parameters in a unit."""
-    inner = model.module if isinstance(model, FSDP) else model
-    of_module = {id(module): clean_name(name) for name, module in inner.named_modules()}
-    return [f"{of_module[id(module)]}.{name}" for module, name in _held(unit)]
-
-
-def _units_with(model: nn.Module, wanted: set[str], *, writeback: bool = False) -> Iterator[dict[str, Tensor]]:
-    """The wanted parameters while they are whole, unit by unit."""
-    root = _root(model)
-    inner = root.module
-    of_module = {id(module): clean_name(name) for name, module in inner.named_modules()}
-    for unit in FSDP.fsdp_modules(root):
-        places = {f"{of_module[id(module)]}.{name}": (module, name) for module, name in _held(unit)}
-        if wanted & places.keys():
-            with _whole(root, unit, writeback=writeback):
-                yield {key: getattr(*place) for key, place in places.items() if key in wanted}
-
-
-def _whole(root: FSDP, unit: FSDP, *, writeback: bool = False) -> AbstractContextManager[None]:
-    """A unit's parameters whole; inside its own forward or backward they are already."""
-    if unit._handle is None or unit._handle._training_state.name != "IDLE":
-        return nullcontext()
-    # A unit that is asked first would take itself for the root.
-    _lazy_init(root, root)
-    return FSDP.summon_full_params(unit, recurse=False, writeback=writeback)
-
-
 @contextmanager
 def _rows_in_unit(
     root: weakref.ref[FSDP], unit: weakref.ref[FSDP], layer: weakref.ref[QuantizedLinear]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     of_root, of_unit, module = root(), unit(), layer()
     assert of_root is not None and of_unit is not None and module is not None
-    with _whole(of_root, of_unit):
+    with whole(of_root, of_unit):
         yield module.weight.detach(), module.weight_stats.detach()
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"linear", "base_checkpoint", "saved_adapter", "merge_check"},
     {"validation", "validation_rules", "validation_model_rules", "accelerate_config"},
     {"sharding", "skeleton", "lora_config"},
-    {"fsdp1", "integrity", "report", "dora", "prequantized", "expand", "merge"},
+    {"fsdp1", "fsdp1_state", "integrity", "report", "dora", "prequantized", "expand", "merge"},
     {"export", "lora", "new_layers", "owners"},
     {"weights", "trainer_compat", "train"},
     {"callbacks", "quantize_checkpoint", "loading"},

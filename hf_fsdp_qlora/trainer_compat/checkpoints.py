@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from hf_fsdp_qlora.distributed import rank, same_outcome
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.fsdp1 import is_wrapped, load_optimizer_state, optimizer_names, optimizer_state
+from hf_fsdp_qlora.fsdp1 import is_wrapped
+from hf_fsdp_qlora.fsdp1_state import load_optimizer_state, optimizer_names, optimizer_state
 
 _BY_NAME, _SHARDED, _BY_POSITION = "optimizer.bin", "optimizer_0", "optimizer.pt"
 
