@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from bitsandbytes import functional as bnb
 from launch import FSDP2_ENV, describe_machine, run_ranks
+from peak_memory import PeakMemory
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor
@@ -30,7 +30,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from hf_fsdp_qlora import load_model
 from hf_fsdp_qlora.safetensors_stream import SafetensorsWriter, TensorInfo
 
-SAMPLE_S = 0.02
 LIMIT_BYTES = 2**30
 FILE_BYTES = 2**30
 CHECKED_WEIGHT = "model.layers.1.mlp.down_proj.weight"
@@ -73,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
 
 def measure(folder: str) -> Measured:
     """Load on this rank and watch its memory; then check a weight."""
-    with PeakMemory() as memory:
+    with PeakMemory("RssAnon", "RssShmem") as memory:
         model = load_model(
             folder,
             quantization_config=BitsAndBytesConfig(
@@ -89,31 +88,6 @@ def measure(folder: str) -> Measured:
     report = model.load_report
     shard = report.local_bytes if next(model.parameters()).device.type == "cpu" else 0
     return Measured(shard, memory.peak_bytes - memory.before_bytes, report.read_bytes, report.seconds)
-
-
-class PeakMemory:
-    """Highest memory of this process inside the block, sampled: the kernel's own high-water mark counts page cache."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before_bytes = self.peak_bytes = allocated_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(SAMPLE_S):
-            self.peak_bytes = max(self.peak_bytes, allocated_bytes())
-
-
-def allocated_bytes() -> int:
-    """Resident memory of this process that is not backed by files."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
 
 def bitsandbytes_weight(folder: Path, device: torch.device) -> Tensor:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from peak_memory import PeakMemory
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
         if args.into == "dequantized":
             config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
             into = dict(into="dequantized", quantization_config=config)
-        with PeakMemory() as memory:
+        with PeakMemory("VmRSS", sample_s=0.005) as memory:
             start = time.perf_counter()
             merge_adapter(adapter, Path(folder) / "out", **into)
             seconds = time.perf_counter() - start
@@ -44,32 +44,6 @@ def main(args: argparse.Namespace) -> None:
             f"{seconds:.1f} s, resident before {memory.before_bytes / 2**20:.0f} MiB, "
             f"peak extra {extra / 2**20:.0f} MiB"
         )
-
-
-class PeakMemory:
-    """Highest resident memory of this process inside the block, sampled every 5 ms (the kernel's own high-water mark
-    cannot be reset without privileges, and building the test model raises it)."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before_bytes = self.peak_bytes = resident_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.peak_bytes = max(self.peak_bytes, resident_bytes())
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process, file-backed pages included."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) * 1024
 
 
 def write_base(path: Path, layers: int) -> int:
