@@ -111,7 +111,8 @@ def test_sft_trains_on_two_processes_and_the_stock_stack_agrees(work: Path, tmp_
 def test_sft_fails_on_every_rank_alike_and_saves_what_a_late_signal_left_complete(work: Path, tmp_path: Path) -> None:
     values = yaml.safe_load((ROOT / "recipes/demo/sft.yaml").read_text())
     values |= {
-        "model_name_or_path": str(work / "base"), "dataset_name": str(work / "train.jsonl"), "eval_strategy": "no",
+        "model_name_or_path": str(work / "base"), "dataset_name": str(work / "train.jsonl"),
+        "eval_dataset_name": str(work / "eval.jsonl"),
         "output_dir": str(tmp_path / "adapter"), "max_steps": 1, "logging_steps": 1, "save_strategy": "no",
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
