@@ -24,7 +24,7 @@ from tests.tiny_models import save_tiny_model
 CPU = {"ACCELERATE_USE_CPU": "true"}
 FSDP2 = {**CPU, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 # Weights of one to six rows: on three ranks some own nothing, some one row less than others.
-# FSDP1 belongs here too, as soon as `load_model` has it.
+# FSDP1 shards later, when a trainer wraps the model: tests/test_fsdp1.py puts every case through that.
 ENGINES = {
     "one process": (1, CPU),
     "ddp, 2 ranks": (2, CPU),
