@@ -21,7 +21,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_twenty_steps_agree_with_one_process_and_resume_exactly(model_path: str, tmp_path: Path) -> None:
-    """fp32, accumulation 2, clipping and gradient checkpointing. What differs is the order of float32 sums."""
+    """fp32, accumulation 2, clipping and gradient checkpointing. What differs is the order of float32 sums:
+    1.7e-7 relative in the losses and 1.3e-7 in the adapters were seen."""
     run: dict[str, Any] = dict(max_steps=20, save_steps=10, learning_rate=1e-3)
     [whole, _] = launch("fsdp2-full", train, model_path, str(tmp_path / "two"), **run)
     [expected] = launch("one-process", train, model_path, str(tmp_path / "one"), **run)
@@ -29,7 +30,7 @@ def test_twenty_steps_agree_with_one_process_and_resume_exactly(model_path: str,
     assert min(expected["grad_norms"]) > 0.1, "clipping did not happen at every step"
     two, one = adapter(tmp_path / "two" / "final"), adapter(tmp_path / "one" / "final")
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=0, atol=2e-5, msg=key)
+        torch.testing.assert_close(two[key], value, rtol=0, atol=2e-6, msg=key)
     resume = str(tmp_path / "two" / "checkpoint-10")
     [resumed, _] = launch("fsdp2-full", train, model_path, str(tmp_path / "again"), resume=resume, **run)
     assert resumed["losses"] == whole["losses"]
