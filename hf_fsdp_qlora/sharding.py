@@ -1,4 +1,6 @@
-"""What FSDP2 shards, in which groups and under which policies; FSDP1 is next door, in fsdp1.py.
+"""What FSDP2 shards, in which groups and under which policies.
+
+This is the one module that imports `torch.distributed.fsdp`; what FSDP1 does with it is in fsdp1.py.
 
 Per decoder layer there are two groups. The quantised rows form one *without* a mixed-precision policy: a policy would
 cast the bytes as if they were numbers. Everything else of the layer (adapters, norms, biases) forms the other, under
