@@ -16,12 +16,11 @@ from trl import SFTTrainer
 from hf_fsdp_qlora import ConfigError, MemoryCallback, ThroughputCallback, WeightIntegrityCallback, load_model
 from hf_fsdp_qlora.callbacks import InterruptCallback
 from hf_fsdp_qlora.config import Recipe
+from hf_fsdp_qlora.data import load_datasets, load_tokenizer
 from hf_fsdp_qlora.distributed import same_outcome
 from hf_fsdp_qlora.train import (
     adapter_config,
     configure_logging,
-    load_datasets,
-    load_tokenizer,
     numbers,
     optimizer_choice,
     parse_recipe,

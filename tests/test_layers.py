@@ -18,7 +18,7 @@ LAYERS = [
     {"sharding", "skeleton", "lora_config"},
     {"fsdp1", "fsdp1_state", "integrity", "report", "dora", "prequantized", "expand", "merge"},
     {"export", "lora", "new_layers", "owners"},
-    {"weights", "trainer_compat", "train"},
+    {"weights", "trainer_compat", "train", "data"},
     {"callbacks", "quantize_checkpoint", "loading"},
     {"commands"},
     {"cli"},

@@ -12,9 +12,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from hf_fsdp_qlora.config import Recipe, load_recipe
+from hf_fsdp_qlora.data import load_datasets, load_tokenizer
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.resources import accelerate_config_names, find_accelerate_config, find_recipe, recipe_names
-from hf_fsdp_qlora.train import load_datasets, load_tokenizer, parse_recipe, quantization_config, resume_point
+from hf_fsdp_qlora.train import parse_recipe, quantization_config, resume_point
 from recipes.demo.base_model import _train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
