@@ -11,20 +11,21 @@ callbacks can add to `logs` before they are reported.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
 
 
-class LogSource(TrainerCallback):
+class LogSource(TrainerCallback, ABC):
     """A callback with values for the training logs."""
 
+    @abstractmethod
     def log_values(self, state: TrainerState, logs: dict[str, float]) -> dict[str, float]:
         """Values to add to `logs`, which holds what the trainer reports for this step (it has "loss").
 
         Called on every rank, but must not communicate: `trainer.log` may also be called on one rank alone.
         """
-        raise NotImplementedError
 
 
 def with_log_sources(stock_log: Any) -> Any:
