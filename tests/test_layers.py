@@ -19,7 +19,7 @@ LAYERS = [
     {"fsdp1", "fsdp1_state", "integrity", "report", "dora", "prequantized", "expand", "merge"},
     {"export", "lora", "new_layers", "owners"},
     {"weights", "trainer_compat", "train", "data"},
-    {"callbacks", "quantize_checkpoint", "loading"},
+    {"callbacks", "quantize_checkpoint", "loading", "rotary"},
     {"commands"},
     {"cli"},
 ]
