@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.formats import NESTED_BLOCKS, four_bit_rows
+from hf_fsdp_qlora.quantization import four_bit_kernel
 from hf_fsdp_qlora.quantization.base import GatherRows, QuantizationBackend, in_rows, register_backend
 from hf_fsdp_qlora.quantization.configs import BlockwiseFourBitConfig
 
@@ -100,7 +101,17 @@ class FourBitBackend(QuantizationBackend):
         return codes, torch.cat(parts, dim=1)
 
     def dequantize(self, codes: Tensor, stats: Tensor, shape: tuple[int, int]) -> Tensor:
-        """See `QuantizationBackend.dequantize`. The same kernel call on the same absmax as bitsandbytes."""
+        """See `QuantizationBackend.dequantize`. One kernel of ours on CUDA, bit-identical to bitsandbytes; elsewhere
+        the same kernel call on the same absmax as bitsandbytes."""
+        if four_bit_kernel.available(codes):
+            return four_bit_kernel.dequantize(
+                codes, stats, dynamic_map(codes.device), shape,
+                quant_type=self.quant_type, block_size=self.block_size, nested=self.nested, dtype=self.dtype,
+            )  # fmt: skip
+        return self.reference_dequantize(codes, stats, shape)
+
+    def reference_dequantize(self, codes: Tensor, stats: Tensor, shape: tuple[int, int]) -> Tensor:
+        """`dequantize` by bitsandbytes' own kernel, on any device."""
         numel = shape[0] * shape[1]
         num_blocks = -(-numel // self.block_size)
         if self.nested:

@@ -1,0 +1,115 @@
+"""One Triton kernel from 4-bit rows to weights: nested statistics and codes in a single pass.
+
+bitsandbytes needs the absmax values as float32 first, which for double quantisation is five launches of their own
+before its kernel runs. Here a program reads a run of codes and the few statistics it needs and writes weights: every
+byte moves once (0.52 bytes read and 2 written per weight in bf16), in one launch.
+
+The values are bit-identical to bitsandbytes' on CUDA: absmax = table[code] * second + offset with both operations
+rounded (`enable_fp_fusion=False`, no fused multiply-add), then table[code] * absmax in float32, rounded once to the
+dtype. Source: kDequantizeBlockwise in bitsandbytes' csrc/kernels.cu.
+
+Triton comes with torch's CUDA builds. `available` says whether the kernel can run; bitsandbytes does where it cannot.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hf_fsdp_qlora.formats import NESTED_BLOCKS
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # builds of torch for the CPU come without it
+    triton = None
+
+CHUNK_WEIGHTS = 4096
+"""Weights of one program; at least the largest block size, so that a program holds whole blocks."""
+
+# The literals of dDequantizeNF4 and dDequantizeFP4Tree, in the order of the codes. FP4's code 8 is minus zero.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_HALF = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+TABLES = {"nf4": _NF4, "fp4": (*_FP4_HALF, *(-value for value in _FP4_HALF))}
+
+
+def available(codes: Tensor) -> bool:
+    """Whether the kernel can run on these codes: Triton is there and they are on a CUDA device."""
+    return triton is not None and codes.is_cuda
+
+
+def dequantize(
+    codes: Tensor,
+    stats: Tensor,
+    dynamic_map: Tensor,
+    shape: tuple[int, int],
+    *,
+    quant_type: str,
+    block_size: int,
+    nested: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows to weights in one launch.
+
+    Args:
+        codes: (num_rows, 256 * block_size / 2) uint8, contiguous, two codes a byte, the first in the high nibble.
+        stats: (num_rows, 264) uint8 with `nested`: 256 codes, second-level absmax and offset as float32; else
+            (num_rows, 1024), 256 float32 absmax values. Contiguous.
+        dynamic_map: (256,) float32 on the same device, the table of nested codes.
+        shape: (out_features, in_features); all but the last row are full.
+        quant_type: "nf4" or "fp4".
+        block_size: weights under one absmax, a power of two of at most `CHUNK_WEIGHTS`.
+        nested: whether the absmax values are codes too.
+        dtype: bfloat16, float16 or float32.
+
+    Returns:
+        `shape` in `dtype`.
+    """
+    weights = torch.empty(shape, dtype=dtype, device=codes.device)
+    blocks = CHUNK_WEIGHTS // block_size
+    _rows_to_weights[(len(codes), NESTED_BLOCKS // blocks)](
+        codes, stats, _table(quant_type, codes.device), dynamic_map, weights, shape[0] * shape[1],
+        blocks=blocks, block_bytes=block_size // 2, row_blocks=NESTED_BLOCKS, stats_bytes=stats.shape[1],
+        nested=nested, enable_fp_fusion=False,
+    )  # fmt: skip
+    return weights
+
+
+@lru_cache(maxsize=64)
+def _table(quant_type: str, device: torch.device) -> Tensor:
+    return torch.tensor(TABLES[quant_type], dtype=torch.float32, device=device)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _rows_to_weights(
+        codes, stats, table, dynamic_map, weights, numel,
+        blocks: tl.constexpr, block_bytes: tl.constexpr, row_blocks: tl.constexpr, stats_bytes: tl.constexpr,
+        nested: tl.constexpr,
+    ):  # fmt: skip  # type: ignore[no-untyped-def]
+        """Program (row, chunk) writes `blocks` blocks of one row."""
+        row = tl.program_id(0).to(tl.int64)
+        block = tl.program_id(1) * blocks + tl.arange(0, blocks)
+        if nested:
+            own = stats + row * stats_bytes
+            level = (own + row_blocks).to(tl.pointer_type(tl.float32))
+            code = tl.load(own + block)
+            absmax = tl.load(dynamic_map + code.to(tl.int32)) * tl.load(level) + tl.load(level + 1)
+        else:
+            absmax = tl.load(stats.to(tl.pointer_type(tl.float32)) + row * row_blocks + block)
+        byte = block[:, None] * block_bytes + tl.arange(0, block_bytes)[None, :]
+        pairs = tl.load(codes + row * (row_blocks * block_bytes) + byte).to(tl.int32)
+        first = tl.load(table + (pairs >> 4)) * absmax[:, None]
+        second = tl.load(table + (pairs & 15)) * absmax[:, None]
+        dtype = weights.dtype.element_ty
+        values = tl.interleave(first.to(dtype), second.to(dtype))
+        inside = block[:, None] * (2 * block_bytes) + tl.arange(0, 2 * block_bytes)[None, :]
+        at = row * (row_blocks * block_bytes * 2) + inside
+        tl.store(weights + at, values, mask=at < numel)

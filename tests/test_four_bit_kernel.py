@@ -1,0 +1,66 @@
+"""The Triton kernel against bitsandbytes on the same device, bit for bit.
+
+On a machine without CUDA it runs under Triton's interpreter where Triton is installed and TRITON_INTERPRET=1 is set;
+the reference is then bitsandbytes on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+
+from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, backend_for_config
+from hf_fsdp_qlora.quantization.bitsandbytes import BLOCK_SIZES, dynamic_map
+from hf_fsdp_qlora.quantization.four_bit_kernel import TABLES, dequantize
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_device = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1 with Triton installed"
+)
+# One element, odd counts, ending inside a block, inside a row, exactly at a row's end, several rows.
+SHAPES = [(1, 1), (1, 63), (300, 257), (513, 1000), (128, 128), (64, 1280)]
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_kernel_equals_bitsandbytes(quant_type: str, nested: bool, dtype: torch.dtype, block_size: int) -> None:
+    config = BlockwiseFourBitConfig(block_size, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=nested)
+    backend = backend_for_config(config, dtype)
+    generator = torch.Generator().manual_seed(block_size)
+    for shape in SHAPES:
+        weight = (torch.randn(shape, generator=generator) * 0.02).to(DEVICE, dtype)
+        codes, stats = backend.quantize(weight.flatten(), weight.numel(), lambda rows: rows)
+        whole, state = bnb.quantize_4bit(
+            weight, blocksize=block_size, quant_type=quant_type, compress_statistics=nested
+        )
+        expected = bnb.dequantize_4bit(whole, state).reshape(shape)
+        made = dequantize(
+            codes, stats, dynamic_map(codes.device), shape,
+            quant_type=quant_type, block_size=block_size, nested=nested, dtype=dtype,
+        )  # fmt: skip
+        if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts off instead of rounding
+            torch.testing.assert_close(made, expected, rtol=2**-7, atol=0)
+            continue
+        assert torch.equal(_bits(made), _bits(expected)), (shape, (made != expected).sum())
+
+
+def test_tables_are_those_of_bitsandbytes() -> None:
+    for quant_type, table in TABLES.items():
+        ours = torch.tensor(table, dtype=torch.float32)
+        theirs = bnb.get_4bit_type(quant_type, device="cpu")
+        # FP4's literals in bitsandbytes' kernel are decimal roundings of its own table.
+        torch.testing.assert_close(ours, theirs, rtol=0 if quant_type == "nf4" else 1e-7, atol=0)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bit patterns, with minus zero as zero on the CPU, where bitsandbytes has none."""
+    return (tensor + 0 if DEVICE == "cpu" else tensor).contiguous().view(torch.uint8)
