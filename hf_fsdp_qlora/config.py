@@ -61,6 +61,12 @@ class QLoraArguments:
             "choices": ["none", "base", "all"],
         },
     )
+    offload_pin_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "Pin what is offloaded, for faster copies. False where locked memory is limited; FSDP2 only."
+        },
+    )
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "A saved adapter to continue from (hub id or folder) instead of a new one."}
     )

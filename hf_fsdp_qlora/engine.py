@@ -53,13 +53,19 @@ def resolve_device() -> torch.device:
     return device
 
 
-def check_offload(offload: Offload, engine: Engine, device: torch.device) -> None:
+def check_offload(offload: Offload, engine: Engine, device: torch.device, *, pin_memory: bool = True) -> None:
     """Refuse to offload where it cannot work.
 
     Raises:
-        ConfigError: the engine has no offload, or gradients on the host could not be reduced.
+        ConfigError: the engine has no offload, or gradients on the host could not be reduced, or it pins memory
+            whether asked to or not.
     """
     if offload != "none" and engine not in ("fsdp1", "fsdp2"):
+    if offload != "none" and engine == "fsdp1" and not pin_memory:
+        raise ConfigError(
+            "offload_pin_memory=False with FSDP1 cannot be honoured: torch pins what FSDP1 offloads. Leave it out, or "
+            "use FSDP2 (fsdp_version: 2, accelerate_configs/fsdp2_offload.yaml)."
+        )
         raise ConfigError(
             f"offload={offload!r} needs FSDP2 or FSDP1, also on one GPU. Launch with "
             "accelerate_configs/fsdp2_offload.yaml or fsdp1_offload.yaml."

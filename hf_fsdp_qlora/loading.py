@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
+from hf_fsdp_qlora.allocation import materialize
 from hf_fsdp_qlora.checkpoint import find_checkpoint, index_checkpoint
 from hf_fsdp_qlora.distributed import rank, same_outcome, world_size
 from hf_fsdp_qlora.dora import initialize_magnitudes
@@ -47,7 +48,7 @@ from hf_fsdp_qlora.precision import Precision, check_precision, resolve_precisio
 from hf_fsdp_qlora.prequantized import pack_checkpoint, replace_packed_linears, runtime_config, take_stored_config
 from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
 from hf_fsdp_qlora.report import make_report
-from hf_fsdp_qlora.sharding import apply_fsdp2, materialize
+from hf_fsdp_qlora.sharding import apply_fsdp2
 from hf_fsdp_qlora.skeleton import build_skeleton, decoder_layers, replace_linears
 from hf_fsdp_qlora.trainer_compat import attach
 from hf_fsdp_qlora.weights import PlannedWeight, fill, match_checkpoint
@@ -67,6 +68,7 @@ def load_model(
     precision: str | None = None,
     fsdp: str = "auto",
     offload: str | None = None,
+    offload_pin_memory: bool = True,
     adapter_name_or_path: str | None = None,
     is_trainable: bool = True,
     adapter_dtype: torch.dtype | str | None = None,
@@ -97,6 +99,7 @@ def load_model(
         fsdp: "auto" reads the environment that `accelerate launch` sets; "fsdp2", "fsdp1" and "none" overrule it.
         offload: "none"; "base" keeps quantised rows in pinned host memory; "all" keeps every parameter there. None
             reads accelerate's `fsdp_offload_params`. FSDP only.
+        offload_pin_memory: False offloads to ordinary memory: no limit on locked pages, slower copies. FSDP2 only.
         adapter_name_or_path: a saved adapter to continue from, or to evaluate.
         is_trainable: False freezes the adapter of `adapter_name_or_path`.
         adapter_dtype: of adapters and other trained parameters; float32 masters unless `precision` says otherwise.
@@ -127,7 +130,7 @@ def load_model(
 
     with same_outcome("preparing the model"):
         placement = resolve_offload(offload)
-        check_offload(placement, engine, device)
+        check_offload(placement, engine, device, pin_memory=offload_pin_memory)
         check_precision(numbers, quantization_config, mixed_precision=mixed_precision(), engine=engine)
         model = build_skeleton(
             name, dtype=numbers.dtype, trust_remote_code=trust_remote_code, hub_kwargs=hub_kwargs,
@@ -136,6 +139,7 @@ def load_model(
         stored_config = take_stored_config(model.config)
         if stored_config is not None:
             quantization_config = runtime_config(stored_config, quantization_config)
+            check_precision(numbers, quantization_config, mixed_precision=mixed_precision(), engine=engine)
         storage_dtype = resolve_storage_dtype(quantization_config, engine, numbers.dtype)
         wanted = model.state_dict(keep_vars=True)
         layers = decoder_layers(model)
@@ -162,7 +166,9 @@ def load_model(
     if unused:
         logger.warning("The model has no use for %d tensors of the checkpoint: %s", len(unused), ", ".join(unused))
 
-    _shard_and_allocate(root, layers, engine=engine, numbers=numbers, offload=placement, device=device)
+    _shard_and_allocate(
+        root, layers, engine=engine, numbers=numbers, offload=placement, pin_memory=offload_pin_memory, device=device
+    )
     with torch.no_grad():
         read_bytes = fill(weights, device=device)
         _fill_adapter(root, saved, seed)
@@ -218,6 +224,7 @@ def _shard_and_allocate(
     engine: Engine,
     numbers: Precision,
     offload: Offload,
+    pin_memory: bool,
     device: torch.device,
 ) -> None:
     """Give every parameter storage, after sharding; under FSDP1 on rank 0 alone, which later fills the others."""
@@ -225,7 +232,7 @@ def _shard_and_allocate(
         mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("fsdp",))
         apply_fsdp2(
             root, layers, mesh=mesh, dtype=numbers.dtype, reduce_dtype=numbers.reduce_dtype, offload=offload,
-            reshard_after_forward=reshard_after_forward(),
+            pin_memory=pin_memory, reshard_after_forward=reshard_after_forward(),
         )  # fmt: skip
     if engine == "fsdp1":
         share_rows(root, device)
@@ -237,6 +244,7 @@ def _shard_and_allocate(
                 host if offload == "all" or engine == "fsdp1" else device,
                 rows_device=None if offload == "none" else host,
                 buffers_device=host if engine == "fsdp1" else device,
+                pin_memory=pin_memory and device.type == "cuda",
             )
 
 

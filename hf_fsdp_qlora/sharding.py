@@ -53,6 +53,7 @@ def apply_fsdp2(
     dtype: torch.dtype,
     reduce_dtype: torch.dtype = torch.float32,
     offload: Offload = "none",
+    pin_memory: bool = True,
     reshard_after_forward: bool = True,
 ) -> None:
     """Shard a model that is still on the meta device, in place.
@@ -63,6 +64,8 @@ def apply_fsdp2(
         mesh: one dimension, over the ranks.
         dtype: compute dtype; float32 means no mixed precision.
         reduce_dtype: in which gradients are summed over the ranks.
+        offload: what lives in host memory.
+        pin_memory: pin it, where there is an accelerator.
         reshard_after_forward: free gathered layers after forward and gather them again for backward.
     """
     mixed = MixedPrecisionPolicy()
@@ -72,7 +75,7 @@ def apply_fsdp2(
     common: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": mixed,
-        "offload_policy": _policy(offload == "all"),
+        "offload_policy": _policy(offload == "all", pin_memory),
         "shard_placement_fn": _placement_for(mesh.size()),
     }
     for layer in layers:
@@ -81,7 +84,7 @@ def apply_fsdp2(
             fully_shard(
                 rows,
                 mesh=mesh,
-                offload_policy=_policy(offload != "none"),
+                offload_policy=_policy(offload != "none", pin_memory),
                 reshard_after_forward=reshard_after_forward,
             )
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **common)
@@ -90,51 +93,6 @@ def apply_fsdp2(
     if embedding is not None:
         fully_shard(embedding, **common)
     fully_shard(model, **common)
-
-
-def materialize(
-    model: nn.Module,
-    device: torch.device,
-    *,
-    rows_device: torch.device | None = None,
-    buffers_device: torch.device | None = None,
-) -> None:
-    """Allocate, uninitialised, whatever is on the meta device; buffers that are real already keep their values.
-
-    Under FSDP2 these are the local shards. Tied parameters stay tied.
-
-    Args:
-        device: for parameters and buffers.
-        rows_device: for quantised rows, if they live elsewhere.
-        buffers_device: for buffers, if they live elsewhere.
-    """
-    buffers = {id(buffer) for buffer in model.buffers()}
-    rows = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, QuantizedLinear)
-        for parameter in (module.weight, module.weight_stats)
-    }
-    done: dict[int, Tensor] = {}
-
-    def allocate(tensor: Tensor) -> Tensor:
-        if id(tensor) not in done:
-            target = device
-            if id(tensor) in rows:
-                target = rows_device or device
-            elif id(tensor) in buffers:
-                target = buffers_device or device
-            done[id(tensor)] = torch.empty_like(tensor, device=target) if tensor.is_meta else tensor.to(target)
-        return done[id(tensor)]
-
-    keep_alive = [*model.parameters(), *model.buffers()]  # ids must not be reused while they are keys
-    ties = _tied_names(model)
-    model._apply(allocate)
-    if not isinstance(model, FSDPModule):  # FSDP2 ties shared parameters of a group again by itself
-        for (module, name), others in ties:
-            for other, other_name in others:
-                setattr(other, other_name, getattr(module, name))
-    del keep_alive
 
 
 def local_range(parameter: Tensor) -> tuple[int, int]:
@@ -226,8 +184,8 @@ def is_sharded(model: nn.Module) -> bool:
 _WALKS: list[tuple[Callable[[nn.Module], bool], Walk]] = []
 
 
-def _policy(offload: bool) -> OffloadPolicy:
-    return CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+def _policy(offload: bool, pin_memory: bool) -> OffloadPolicy:
+    return CPUOffloadPolicy(pin_memory and torch.cuda.is_available()) if offload else OffloadPolicy()
 
 
 def _placement_for(num_shards: int) -> Any:
@@ -270,12 +228,3 @@ def _outside_layers(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[nn.M
 
 def _holds(module: nn.Module, part: nn.Module) -> bool:
     return any(candidate is part for candidate in module.modules())
-
-
-def _tied_names(model: nn.Module) -> list[tuple[tuple[nn.Module, str], list[tuple[nn.Module, str]]]]:
-    """For every parameter with more than one name: its first (module, name), and the others."""
-    names: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            names.setdefault(id(parameter), []).append((module, name))
-    return [(places[0], places[1:]) for places in names.values() if len(places) > 1]

@@ -49,6 +49,7 @@ def main(recipe: Recipe) -> int:
         **dtypes,
         fsdp=ours.fsdp_engine,
         offload=ours.offload,
+        offload_pin_memory=ours.offload_pin_memory,
         adapter_name_or_path=ours.adapter_name_or_path,
         seed=args.seed,
         attn_implementation=model_args.attn_implementation,

@@ -12,11 +12,12 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from hf_fsdp_qlora.allocation import materialize
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.lora import add_adapter, initialize_adapters
 from hf_fsdp_qlora.lora_config import check_peft_config
 from hf_fsdp_qlora.quantization import backend_for_config
-from hf_fsdp_qlora.sharding import materialize, write_full_tensor
+from hf_fsdp_qlora.sharding import write_full_tensor
 
 SEED = 7
 TOKENS = torch.arange(2, 34).view(2, 16)

@@ -9,14 +9,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "hf_fsdp_qlora"
 LAYERS = [
     {"__init__"},
-    {"errors", "distributed", "formats"},
+    {"errors", "distributed", "formats", "host_memory"},
     {"precision", "resources", "config", "checkpoint", "checkpoint_writer", "safetensors_stream"},
     {"engine", "model_shape", "activations", "memory_settings", "memory", "planning"},
     {"quantization"},
     {"linear", "base_checkpoint", "saved_adapter", "merge_check"},
     {"validation", "validation_rules", "validation_model_rules", "accelerate_config"},
     {"sharding", "skeleton", "lora_config"},
-    {"fsdp1", "fsdp1_state", "integrity", "report", "dora", "prequantized", "expand", "merge"},
+    {"allocation", "fsdp1", "fsdp1_state", "integrity", "report", "dora", "prequantized", "expand", "merge"},
     {"export", "lora", "new_layers", "owners"},
     {"weights", "trainer_compat", "train", "data"},
     {"callbacks", "quantize_checkpoint", "loading", "rotary"},

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from hf_fsdp_qlora.allocation import materialize
 from hf_fsdp_qlora.lora import QuantizedLoraLinear, add_adapter, initialize_adapters
 from hf_fsdp_qlora.lora_config import targeted_modules
-from hf_fsdp_qlora.sharding import apply_fsdp2, materialize
+from hf_fsdp_qlora.sharding import apply_fsdp2
 from tests.distributed import run_distributed
 from tests.lora_models import (
     SEED,
