@@ -23,16 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
-from datasets import Dataset
 from integrity_ours import count_differing, expect, plain_name
 from launch import FSDP2_ENV, describe_machine, run_ranks
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from tiny_llama import SEQUENCES, four_bit, linear_weights, make_tokenizer, relative_error, save_tiny_llama, tokens
+from stock_trainer import logged, make_trainer
+from tiny_llama import SEQUENCES, four_bit, linear_weights, relative_error, save_tiny_llama, tokens
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig, SFTTrainer
 
 from hf_fsdp_qlora import QuantizedLinear, WeightIntegrityCallback, load_model
 from hf_fsdp_qlora.sharding import gathered_rows
@@ -134,7 +132,10 @@ def train(path: str, output_dir: str, arguments: dict[str, Any], checkpoint: str
     )
     layers = {plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     equal = all(torch.equal(layer.dequantize(), expected[name].weight) for name, layer in layers.items())
-    trainer = make_trainer(model, output_dir)
+    trainer = make_trainer(
+        model, output_dir, tokens(SEQUENCES * STEPS), callbacks=[WeightIntegrityCallback()],
+        max_steps=STEPS, save_steps=SAVED_AT,
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(Path(output_dir) / "final"))
     names = {id(layer): name for name, layer in layers.items()}
@@ -146,7 +147,7 @@ def train(path: str, output_dir: str, arguments: dict[str, Any], checkpoint: str
     equal = equal and all(torch.equal(layer.dequantize(), expected[name].weight) for name, layer in layers.items())
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return Run(
-        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        losses=logged(trainer, "loss"),
         compared_bytes=compared,
         differing_bytes=differing,
         weights_equal=equal,
@@ -155,21 +156,6 @@ def train(path: str, output_dir: str, arguments: dict[str, Any], checkpoint: str
         peak_gib=peak / 2**30,
         seconds=time.perf_counter() - started,
     )
-
-
-def make_trainer(model: Any, output_dir: str) -> SFTTrainer:
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    args = SFTConfig(
-        output_dir=output_dir, max_steps=STEPS, save_steps=SAVED_AT, logging_steps=1, report_to=[], bf16=True,
-        per_device_train_batch_size=SEQUENCES // ranks // 2, gradient_accumulation_steps=2, learning_rate=1e-3,
-        max_grad_norm=1.0, gradient_checkpointing=True, disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-    )  # fmt: skip
-    data = Dataset.from_list([{"input_ids": row} for row in tokens(SEQUENCES * STEPS).tolist()])
-    return SFTTrainer(
-        model=model, args=args, train_dataset=data, processing_class=make_tokenizer(),
-        callbacks=[WeightIntegrityCallback()],
-    )  # fmt: skip
 
 
 def report(folder: Path, straight: dict[str, list[Run]], resumed: dict[str, list[Run]]) -> int:

@@ -42,6 +42,7 @@ def run_ranks(
     world_size: int,
     env: dict[str, str] | None = None,
     process_group: bool = True,
+    collective_timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> list[Any]:
     """Call `function(*args)` on `world_size` fresh processes and wait for them.
 
@@ -52,6 +53,7 @@ def run_ranks(
         function: a module-level function of the benchmark.
         env: further environment variables of the ranks, such as `FSDP2_ENV`.
         process_group: open one before the call; False starts a plain process that knows nothing of a launcher.
+        collective_timeout: after which a collective that some rank does not join is an error.
 
     Returns:
         What each rank returned (picklable), by rank.
@@ -63,7 +65,7 @@ def run_ranks(
         raise ValueError(f"{world_size} processes without a process group; only one can do without")
     port = _free_port() if process_group else None
     with tempfile.TemporaryDirectory() as results:
-        mp.spawn(_run_rank, (world_size, port, env or {}, results, function, args), world_size)
+        mp.spawn(_run_rank, (world_size, port, collective_timeout, env or {}, results, function, args), world_size)
         return [pickle.loads(_result_file(results, rank).read_bytes()) for rank in range(world_size)]
 
 
@@ -81,6 +83,7 @@ def _run_rank(
     rank: int,
     world_size: int,
     port: int | None,
+    collective_timeout: timedelta,
     env: dict[str, str],
     results: str,
     function: Callable[..., Any],
@@ -92,13 +95,13 @@ def _run_rank(
         os.environ["ACCELERATE_USE_CPU"] = "true"
         torch.set_num_threads(1)
     if port is not None:
-        _join_group(rank, world_size, port, cuda)
+        _join_group(rank, world_size, port, collective_timeout, cuda)
     _result_file(results, rank).write_bytes(pickle.dumps(function(*args)))
     if port is not None:  # not after an error: closing the group could wait for a rank that waits for this one
         dist.destroy_process_group()
 
 
-def _join_group(rank: int, world_size: int, port: int, cuda: bool) -> None:
+def _join_group(rank: int, world_size: int, port: int, timeout: timedelta, cuda: bool) -> None:
     num_gpus = torch.cuda.device_count()
     local_rank = rank % num_gpus if cuda else rank
     os.environ.update(
@@ -109,7 +112,7 @@ def _join_group(rank: int, world_size: int, port: int, cuda: bool) -> None:
         torch.cuda.set_device(local_rank)
         if world_size > num_gpus:
             os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
-    dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timeout)
 
 
 def _result_file(folder: str, rank: int) -> Path:

@@ -21,10 +21,18 @@ CONFIG = dict(
 """The MLP weights end in the middle of a row; 4 layers are enough for FSDP2 to prefetch one while another runs."""
 
 
-def save_tiny_llama(folder: Path) -> None:
-    """A random bf16 Llama. Its 4-bit codes are random bytes, so 0.4 % of their pairs are NaN patterns of bf16."""
+SMALL = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=3)
+"""For benchmarks that look at many settings; the MLP weights end in the middle of a row here too."""
+
+
+def save_tiny_llama(folder: Path, **config: int) -> None:
+    """A random bf16 Llama. Its 4-bit codes are random bytes, so 0.4 % of their pairs are NaN patterns of bf16.
+
+    Args:
+        config: over CONFIG, such as SMALL.
+    """
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**CONFIG)).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**{**CONFIG, **config})).to(torch.bfloat16).save_pretrained(folder)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
