@@ -13,10 +13,10 @@ from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.quantization import backend_for_config
 from hf_fsdp_qlora.quantization.configs import BlockwiseFourBitConfig
 from hf_fsdp_qlora.quantization.stored import PackedWeight
-from hf_fsdp_qlora.rotary.masters import Masters, gather_whole, stochastic_round
+from hf_fsdp_qlora.rotary.masters import Masters, gather_whole, slice_bounds, stochastic_round
 from tests.distributed import run_distributed
 
-SHAPES = {"first": (7, 5), "second": (3,), "third": (16, 4), "one": (1,)}
+SHAPES = {"first": (7, 5), "second": (3,), "third": (160, 4), "long": (1300,), "one": (1,)}
 CPU = torch.device("cpu")
 
 
@@ -42,6 +42,22 @@ def test_slices_of_all_ranks_are_the_checkpoint(file: Path, world_size: int) -> 
     for name, value in expected.items():
         joined = torch.cat([whole(masters, name) for masters in ranks])
         assert torch.equal(joined, value.float().flatten())
+
+
+@pytest.mark.parametrize("numel", [1, 255, 256, 257, 1300, 4096])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_slices_are_whole_blocks_in_equal_rooms(numel: int, world_size: int) -> None:
+    stored = {"weight": StoredTensor(Path("unread"), 0, torch.float32, (numel,))}
+    masters = Masters(stored, dtype=torch.float32, world_size=world_size)
+    bounds = [slice_bounds(numel, rank, world_size) for rank in range(world_size)]
+    assert bounds[0][0] == 0 and bounds[-1][1] == numel
+    room = masters.padded_numel("weight") // world_size
+    assert room * world_size == masters.padded_numel("weight") >= numel
+    for rank, (first, last) in enumerate(bounds):
+        assert first == min(rank * room, numel) and last == min((rank + 1) * room, numel)
+        assert first % 256 == 0 or first == numel
+    if world_size == 1:
+        assert room == numel
 
 
 def test_nothing_is_private_until_it_is_trained(file: Path) -> None:

@@ -1,9 +1,10 @@
 """The durable weights: one flat tensor per parameter in host memory, of which each rank holds its slice.
 
-Rank r owns elements [r * c, (r + 1) * c), c = ceil(n / ranks), of the flattened parameter. A slice starts as a memory
-map of the checkpoint's own file, which costs nothing until it is read, and becomes a private copy when its parameter
-is first trained. Nothing is ever re-derived from a lower precision than the masters have: over 30 visits that loses
-most of a small drift (BAdam's fp32 copies made from bf16 weights keep 18 % of it).
+Rank r owns elements [r * c, (r + 1) * c) of the flattened parameter, c = ceil(n / ranks) rounded up to whole blocks of
+256: a blockwise optimizer's states can then be divided among another number of ranks. A slice starts as a memory map
+of the checkpoint's own file, which costs nothing until it is read, and becomes a private copy when its parameter is
+first trained. Nothing is ever re-derived from a lower precision than the masters have: over 30 visits that loses most
+of a small drift (BAdam's fp32 copies made from bf16 weights keep 18 % of it).
 
 The maps stay valid when a checkpoint is replaced by rename, as every writer here does; a file that is truncated or
 overwritten in place while it is mapped would change the weights of parameters that were not trained yet.
@@ -25,8 +26,10 @@ from torch.nn.functional import pad
 
 from hf_fsdp_qlora.checkpoint import StoredTensor
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.formats import shard_range
 from hf_fsdp_qlora.quantization.stored import PackedWeight
+
+SLICE_UNIT = 256
+"""Weights that are never divided between ranks: a block of bitsandbytes' 8-bit optimizers."""
 
 _LOW_BITS = 2**16
 """What bfloat16 cuts off a float32."""
@@ -64,7 +67,12 @@ class Masters:
 
     def slice_bounds(self, name: str) -> tuple[int, int]:
         """First and past-the-last element of the flattened parameter that this rank owns."""
-        return shard_range(self.stored[name].numel, self.rank, self.world_size)
+        return slice_bounds(self.stored[name].numel, self.rank, self.world_size)
+
+    def padded_numel(self, name: str) -> int:
+        """Elements of a buffer with equal room for the slice of every rank; with one rank, just the parameter's."""
+        numel = self.stored[name].numel
+        return numel if self.world_size == 1 else self.world_size * _chunk(numel, self.world_size)
 
     def load(self, name: str, out: Tensor) -> None:
         """Copy this rank's slice into `out`.
@@ -118,6 +126,12 @@ class Masters:
         return torch.frombuffer(self._maps[stored.path], dtype=stored.dtype, count=last - first, offset=offset)
 
 
+def slice_bounds(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First and past-the-last element that a rank owns of a flattened parameter."""
+    chunk = _chunk(numel, world_size)
+    return min(rank * chunk, numel), min((rank + 1) * chunk, numel)
+
+
 def gather_whole(masters: Masters, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The whole parameter, from the slices of all ranks. Collective, when the masters are divided.
 
@@ -134,9 +148,8 @@ def gather_whole(masters: Masters, name: str, *, dtype: torch.dtype, device: tor
     masters.load(name, own)
     if masters.world_size == 1:
         return own.view(shape)
-    chunk = -(-numel // masters.world_size)
-    whole = torch.empty(masters.world_size * chunk, dtype=dtype, device=device)
-    dist.all_gather_into_tensor(whole, pad(own, (0, chunk - own.numel())))
+    whole = torch.empty(masters.padded_numel(name), dtype=dtype, device=device)
+    dist.all_gather_into_tensor(whole, pad(own, (0, whole.numel() // masters.world_size - own.numel())))
     return whole[:numel].view(shape)
 
 
@@ -158,3 +171,8 @@ def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
     )
     bits = noise.add_(values.contiguous().view(torch.int32)).bitwise_and_(-_LOW_BITS)
     return torch.where(values.isfinite(), bits.view(torch.float32), values).to(torch.bfloat16)
+
+
+def _chunk(numel: int, world_size: int) -> int:
+    units = -(-numel // SLICE_UNIT)
+    return -(-units // world_size) * SLICE_UNIT
