@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from transformers.utils import strtobool
 
+from hf_fsdp_qlora.distributed import world_size
 from hf_fsdp_qlora.errors import ConfigError
 
 Engine = Literal["none", "ddp", "fsdp1", "fsdp2"]
@@ -60,12 +61,12 @@ def check_offload(offload: Offload, engine: Engine, device: torch.device, *, pin
         ConfigError: the engine has no offload, or gradients on the host could not be reduced, or it pins memory
             whether asked to or not.
     """
-    if offload != "none" and engine not in ("fsdp1", "fsdp2"):
     if offload != "none" and engine == "fsdp1" and not pin_memory:
         raise ConfigError(
             "offload_pin_memory=False with FSDP1 cannot be honoured: torch pins what FSDP1 offloads. Leave it out, or "
             "use FSDP2 (fsdp_version: 2, accelerate_configs/fsdp2_offload.yaml)."
         )
+    if offload != "none" and engine not in ("fsdp1", "fsdp2"):
         raise ConfigError(
             f"offload={offload!r} needs FSDP2 or FSDP1, also on one GPU. Launch with "
             "accelerate_configs/fsdp2_offload.yaml or fsdp1_offload.yaml."
@@ -93,6 +94,37 @@ def resolve_offload(offload: str | None) -> Offload:
     if offload not in ("none", "base", "all"):
         raise ConfigError(f"offload={offload!r} is unknown; use 'none', 'base' (quantised rows only) or 'all'.")
     return offload  # type: ignore[return-value]
+
+
+def resolve_replicas() -> int:
+    """Copies of the model that the ranks hold together under FSDP2: accelerate's `dp_replicate_size`, 1 by default.
+
+    That the sizes fit the number of ranks is a rule of validation_rules.py (`replicas_fit_the_processes`).
+    """
+    return ParallelismConfig().dp_replicate_size if _flag("ACCELERATE_USE_PARALLELISM_CONFIG") else 1
+
+
+def launched_config(engine: Engine, device: torch.device) -> dict[str, Any]:
+    """The accelerate config that the launcher's environment stands for, in the keys of a config file.
+
+    Args:
+        engine: of `resolve_engine`; without one of accelerate's own, `load_model`'s argument may have said FSDP.
+        device: of `resolve_device`.
+    """
+    others = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM"}
+    types = {"none": "NO", "ddp": "MULTI_GPU", "fsdp1": "FSDP", "fsdp2": "FSDP"}
+    launched = next((name for variable, name in others.items() if _flag(variable)), types[engine])
+    sections = {name: {key.lower(): value for key, value in os.environ.items() if key.startswith(f"{name.upper()}_")}
+                for name in ("fsdp", "parallelism_config")}  # fmt: skip
+    if engine in ("fsdp1", "fsdp2"):
+        sections["fsdp"]["fsdp_version"] = engine[-1]
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return {
+        "distributed_type": launched, "mixed_precision": mixed_precision(), "use_cpu": device.type == "cpu",
+        "num_processes": world_size(), "num_machines": max(1, world_size() // local_ranks),
+        "fsdp_config": sections["fsdp"],
+        "parallelism_config": sections["parallelism_config"] if _flag("ACCELERATE_USE_PARALLELISM_CONFIG") else {},
+    }  # fmt: skip
 
 
 def reshard_after_forward() -> bool:

@@ -10,11 +10,13 @@ from functools import lru_cache
 from itertools import islice
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_fsdp_qlora.distributed import same_outcome
-from hf_fsdp_qlora.linear import as_bytes
-from hf_fsdp_qlora.sharding import gathered_rows
+from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
+from hf_fsdp_qlora.sharding import gathered_rows, local_tensor, replica_group
 
 ROWS_AT_ONCE = 2048
 """Bounds the temporary memory: 2,048 rows of 8 KiB widen to 32 MiB."""
@@ -72,6 +74,38 @@ def check_integrity(model: nn.Module, *, max_groups: int | None = None) -> int:
                 "mixed-precision policy, .to(dtype), a bf16 copy). Do not use this run's results."
             )
     return compared
+
+
+def check_replicas(model: nn.Module) -> None:
+    """Compare the values of the replicas (HSDP), which FSDP2 takes for equal without looking: a node with another
+    revision of the checkpoint would train on, and every gradient would be the mean over two models.
+
+    Collective. Quantised rows are compared by their fingerprints, other parameters by the sum of their bytes.
+
+    Raises:
+        IntegrityError: on every rank, naming the first parameter that differs.
+    """
+    prints = {id(m.weight): m.row_fingerprints for m in model.modules() if isinstance(m, QuantizedLinear)}
+    named = [(name, parameter) for name, parameter in model.named_parameters() if replica_group(parameter) is not None]
+    if not named:
+        return
+    sums = []
+    for _, parameter in named:
+        rows = prints.get(id(parameter))
+        part = local_tensor(parameter).reshape(-1).view(torch.uint8) if rows is None else rows
+        sums.append(part.sum(dtype=torch.int64).cpu())
+    first = named[0][1]
+    assert isinstance(first, DTensor)
+    mine, group = torch.stack(sums).to(first.device_mesh.device_type), replica_group(first)
+    of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_all, mine, group=group)
+    different = [name for index, (name, _) in enumerate(named) if any(other[index] != mine[index] for other in of_all)]
+    with same_outcome("comparing the replicas"):
+        if different:
+            raise IntegrityError(
+                f"{len(different)} of {len(named)} parameters differ between replicas; the first is {different[0]}. "
+                "The nodes did not read the same checkpoint: give a revision, or copy one folder to all of them."
+            )
 
 
 def _sum_of_words(rows: Tensor, seed: int) -> Tensor:

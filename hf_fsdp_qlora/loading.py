@@ -7,7 +7,7 @@ The order, and why:
 3. FSDP2 shards the meta parameters. Storage is allocated only afterwards, for the local shards alone.
 4. Weights stream in: own bytes, cast, quantised, written into the shard.
 5. Adapters are initialised from the seed, equally for every world size, or read from a saved adapter.
-6. Checks: nothing on meta, and a sample of rows byte-equal after an all-gather as training does it.
+6. Checks: nothing on meta, a sample of rows byte-equal after an all-gather as training does it, replicas equal.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
 from hf_fsdp_qlora.allocation import materialize
 from hf_fsdp_qlora.checkpoint import find_checkpoint, index_checkpoint
-from hf_fsdp_qlora.distributed import rank, same_outcome, world_size
+from hf_fsdp_qlora.distributed import rank, same_outcome
 from hf_fsdp_qlora.dora import initialize_magnitudes
 from hf_fsdp_qlora.engine import (
     Engine,
@@ -38,17 +37,18 @@ from hf_fsdp_qlora.engine import (
     resolve_device,
     resolve_engine,
     resolve_offload,
+    resolve_replicas,
     resolve_storage_dtype,
 )
 from hf_fsdp_qlora.fsdp1 import check_fsdp1, share_rows
-from hf_fsdp_qlora.integrity import check_integrity
+from hf_fsdp_qlora.integrity import check_integrity, check_replicas
 from hf_fsdp_qlora.lora import ADAPTER_NAME, add_adapter, initialize_adapters, load_adapter_weights
 from hf_fsdp_qlora.lora_config import check_peft_config, read_adapter_config
 from hf_fsdp_qlora.precision import Precision, check_precision, resolve_precision
 from hf_fsdp_qlora.prequantized import pack_checkpoint, replace_packed_linears, runtime_config, take_stored_config
 from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
 from hf_fsdp_qlora.report import make_report
-from hf_fsdp_qlora.sharding import apply_fsdp2
+from hf_fsdp_qlora.sharding import apply_fsdp2, make_mesh
 from hf_fsdp_qlora.skeleton import build_skeleton, decoder_layers, replace_linears
 from hf_fsdp_qlora.trainer_compat import attach
 from hf_fsdp_qlora.weights import PlannedWeight, fill, match_checkpoint
@@ -175,6 +175,7 @@ def load_model(
 
     _check_nothing_on_meta(root, holds_parameters=engine != "fsdp1" or rank() == 0)
     check_integrity(root, max_groups=CHECKED_GROUPS)
+    check_replicas(root)
     attach(root, engine=engine, precision=numbers, offload=placement)  # type: ignore[arg-type]
     seconds = time.perf_counter() - started
     report = make_report(root, unquantized=kept, read_bytes=read_bytes, seconds=seconds)
@@ -229,7 +230,7 @@ def _shard_and_allocate(
 ) -> None:
     """Give every parameter storage, after sharding; under FSDP1 on rank 0 alone, which later fills the others."""
     if engine == "fsdp2":
-        mesh = init_device_mesh(device.type, (world_size(),), mesh_dim_names=("fsdp",))
+        mesh = make_mesh(device.type, resolve_replicas())
         apply_fsdp2(
             root, layers, mesh=mesh, dtype=numbers.dtype, reduce_dtype=numbers.reduce_dtype, offload=offload,
             pin_memory=pin_memory, reshard_after_forward=reshard_after_forward(),

@@ -1,7 +1,8 @@
 """Rows of a backend that must see the whole tensor: one rank owns the tensor, quantises it and hands out the rows.
 
 Owners change from tensor to tensor, and as many tensors as there are ranks are quantised at the same time before their
-rows travel. A rank holds one whole tensor at a time, and no other rank ever reads it.
+rows travel. A rank holds one whole tensor at a time, and no other rank ever reads it. With several replicas (HSDP)
+each does this among its own ranks.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
-from hf_fsdp_qlora.distributed import rank, same_outcome, world_size
+from hf_fsdp_qlora.distributed import same_outcome
 from hf_fsdp_qlora.integrity import fingerprint
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
-from hf_fsdp_qlora.sharding import local_tensor
+from hf_fsdp_qlora.sharding import RowRanks, local_tensor, row_ranks
 
 
 def quantize_and_hand_out(tensors: Sequence[tuple[QuantizedLinear, Tensor]]) -> None:
@@ -33,48 +34,56 @@ def quantize_and_hand_out(tensors: Sequence[tuple[QuantizedLinear, Tensor]]) -> 
         Exception: the backend's own error on the ranks where it failed; a RuntimeError quoting it on the others.
     """
     made: tuple[Tensor, Tensor] | None = None
+    ranks = row_ranks(tensors[0][0].weight)
     with same_outcome("quantising a weight"):
-        if rank() < len(tensors):
-            layer, weights = tensors[rank()]
+        if ranks.index < len(tensors):
+            layer, weights = tensors[ranks.index]
             made = layer.backend.quantize(weights.to(layer.dtype), weights.numel(), lambda rows: rows)
     for owner, (layer, weights) in enumerate(tensors):
-        _hand_out(layer, made if owner == rank() else None, owner, weights.device)
+        _hand_out(layer, made if owner == ranks.index else None, owner, ranks, weights.device)
 
 
-def _hand_out(layer: QuantizedLinear, made: tuple[Tensor, Tensor] | None, owner: int, device: torch.device) -> None:
+def _hand_out(
+    layer: QuantizedLinear, made: tuple[Tensor, Tensor] | None, owner: int, ranks: RowRanks, device: torch.device
+) -> None:
     prints = None if made is None else fingerprint(*made).to(device)
-    layer.row_fingerprints = _broadcast(prints, (layer.num_rows,), torch.int64, owner, device).cpu()
+    layer.row_fingerprints = _broadcast(prints, (layer.num_rows,), torch.int64, owner, ranks, device).cpu()
     for index, parameter in enumerate((layer.weight, layer.weight_stats)):
         rows = None if made is None else made[index]
         local = as_bytes(local_tensor(parameter))
         shape = (layer.num_rows, local.shape[1])
         if isinstance(parameter, DTensor):
-            local.copy_(_scatter(rows, shape, owner, device)[: len(local)])
+            local.copy_(_scatter(rows, shape, owner, ranks, device)[: len(local)])
         else:
-            local.copy_(_broadcast(rows, shape, torch.uint8, owner, device))
+            local.copy_(_broadcast(rows, shape, torch.uint8, owner, ranks, device))
 
 
 def _broadcast(
-    tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, owner: int, device: torch.device
+    tensor: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    owner: int,
+    ranks: RowRanks,
+    device: torch.device,
 ) -> Tensor:
-    """The owner's tensor on every rank; None elsewhere."""
+    """The owner's tensor on each of `ranks`; None elsewhere."""
     if tensor is None:
         tensor = torch.empty(shape, dtype=dtype, device=device)
-    if world_size() > 1:
-        dist.broadcast(tensor, src=owner)
+    if ranks.size > 1:
+        dist.broadcast(tensor, group_src=owner, group=ranks.group)
     return tensor
 
 
-def _scatter(rows: Tensor | None, shape: tuple[int, int], owner: int, device: torch.device) -> Tensor:
+def _scatter(rows: Tensor | None, shape: tuple[int, int], owner: int, ranks: RowRanks, device: torch.device) -> Tensor:
     """This rank's rows of the owner's (num_rows, k): (ceil(num_rows / ranks), k), zeros behind the last one."""
-    if world_size() == 1:
+    if ranks.size == 1:
         assert rows is not None
         return rows
-    chunk = -(-shape[0] // world_size())
+    chunk = -(-shape[0] // ranks.size)
     parts = None
     if rows is not None:
-        padded = pad(rows, (0, 0, 0, world_size() * chunk - shape[0]))
-        parts = list(padded.view(world_size(), chunk, shape[1]).unbind())
+        padded = pad(rows, (0, 0, 0, ranks.size * chunk - shape[0]))
+        parts = list(padded.view(ranks.size, chunk, shape[1]).unbind())
     mine = torch.empty(chunk, shape[1], dtype=torch.uint8, device=device)
-    dist.scatter(mine, parts, src=owner)
+    dist.scatter(mine, parts, group_src=owner, group=ranks.group)
     return mine

@@ -11,17 +11,22 @@ bf16 and fp16 on CUDA (https://github.com/pytorch/pytorch/issues/159333) and lea
 Final norm, tied embedding and head are one group that stays gathered: TRL's fused head reads `lm_head.weight` outside
 the head's forward, when a group of its own would be sharded.
 
+With several replicas (HSDP) all of this holds inside each: rows are split over the ranks of one replica and equal in
+all of them.
+
 Left out: tensor and pipeline parallelism.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (  # noqa: F401  (some names are for fsdp1.py: this module alone imports them)
     CPUOffload,
     CPUOffloadPolicy,
@@ -41,6 +46,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy  # noqa: F401
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hf_fsdp_qlora.distributed import rank, world_size
 from hf_fsdp_qlora.engine import Offload
 from hf_fsdp_qlora.linear import QuantizedLinear
 
@@ -61,7 +67,7 @@ def apply_fsdp2(
     Args:
         model: the root; with adapters, the PeftModel (accelerate would shard anything else again).
         layers: the decoder layers.
-        mesh: one dimension, over the ranks.
+        mesh: of `make_mesh`: over all ranks, or (replicas, ranks of one).
         dtype: compute dtype; float32 means no mixed precision.
         reduce_dtype: in which gradients are summed over the ranks.
         offload: what lives in host memory.
@@ -76,7 +82,7 @@ def apply_fsdp2(
         "mesh": mesh,
         "mp_policy": mixed,
         "offload_policy": _policy(offload == "all", pin_memory),
-        "shard_placement_fn": _placement_for(mesh.size()),
+        "shard_placement_fn": _placement_for(mesh.size(mesh.ndim - 1)),
     }
     for layer in layers:
         rows: list[nn.Module] = [module for module in layer.modules() if isinstance(module, QuantizedLinear)]
@@ -93,6 +99,50 @@ def apply_fsdp2(
     if embedding is not None:
         fully_shard(embedding, **common)
     fully_shard(model, **common)
+
+
+def make_mesh(device_type: str, replicas: int) -> DeviceMesh:
+    """The ranks as FSDP2 sees them: one dimension that shards, or one that replicates and one that shards (HSDP).
+
+    Ranks are numbered node by node, so with as many replicas as nodes a replica is a node.
+
+    Args:
+        replicas: copies of the model; divides the number of ranks.
+    """
+    if replicas == 1:
+        return init_device_mesh(device_type, (world_size(),), mesh_dim_names=("fsdp",))
+    shape = (replicas, world_size() // replicas)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+@dataclass(frozen=True)
+class RowRanks:
+    """The ranks that together make one copy of a tensor's rows.
+
+    Attributes:
+        index: this rank's place among them.
+        size: how many they are.
+        group: their process group; None is the group of all ranks.
+    """
+
+    index: int
+    size: int
+    group: ProcessGroup | None
+
+
+def row_ranks(parameter: Tensor) -> RowRanks:
+    """Who shares the work on a parameter's rows: the ranks it is split over, or all ranks if it is not split."""
+    if not isinstance(parameter, DTensor):
+        return RowRanks(rank(), world_size(), None)
+    mesh, (dim,) = parameter.device_mesh, [i for i, place in enumerate(parameter.placements) if place.is_shard()]
+    return RowRanks(mesh.get_local_rank(dim), mesh.size(dim), mesh.get_group(dim))
+
+
+def replica_group(parameter: Tensor) -> ProcessGroup | None:
+    """The ranks that hold the same part of a parameter in different replicas, or None if there is one replica."""
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim == 1:
+        return None
+    return parameter.device_mesh.get_group("dp_replicate")
 
 
 def local_range(parameter: Tensor) -> tuple[int, int]:

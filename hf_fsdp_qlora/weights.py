@@ -3,7 +3,9 @@
 Every rank walks the same list in the same order and reads only its own part of each tensor, so a node reads the
 checkpoint once. Quantised weights are cut by rows, everything else by dim 0 as FSDP2 cuts it. With replicated rows
 (DDP) each rank quantises its part and the parts are gathered. Where the backend must see a whole tensor, the ranks
-take turns: each reads and quantises a tensor of its own, and the rows are handed out.
+take turns: each reads and quantises a tensor of its own, and the rows are handed out. With several replicas (HSDP)
+each reads the whole checkpoint, its ranks a part each, and statistics are gathered inside it: a replica on one node
+sends no weights to another node while it loads.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import cast
 
 import torch
@@ -32,7 +34,10 @@ from hf_fsdp_qlora.integrity import fingerprint
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
 from hf_fsdp_qlora.owners import quantize_and_hand_out
 from hf_fsdp_qlora.quantization.stored import PackedWeight
-from hf_fsdp_qlora.sharding import local_range, local_tensor
+from hf_fsdp_qlora.sharding import local_range, local_tensor, row_ranks
+
+PLAIN_PIECE_BYTES = 64 * 2**20
+"""An unquantised tensor is read and copied in pieces of this size, so that the device never holds it twice."""
 
 OLD_ROTARY_KEYS = r"rotary_emb\.inv_freq"
 """Checkpoints from before transformers 4.32 hold these; they are computed from the config now."""
@@ -137,18 +142,20 @@ def fill(weights: Sequence[PlannedWeight], *, device: torch.device) -> int:
         stream = _read_on(pieces, device, errors)
         round_of_owners: list[tuple[QuantizedLinear, Tensor]] = []
         for weight, of_weight in zip(weights, slices, strict=True):
+            if not weight.is_quantized:
+                _copy_plain(weight.target, islice(stream, len(of_weight)), errors)
+                progress.update(sum(piece.num_bytes for piece in of_weight))
+                continue
             values = [next(stream) for _ in of_weight]
             if weight.needs_owner:
                 round_of_owners.append((cast(QuantizedLinear, weight.module), values[0]))
-                if len(round_of_owners) == world_size():
+                if len(round_of_owners) == row_ranks(weight.target).size:
                     _raise_on_every_rank(errors)
                     quantize_and_hand_out(round_of_owners)
                     round_of_owners.clear()
-            elif weight.is_quantized:
+            else:
                 _store_rows(weight.module, values, weight.stored, errors)  # type: ignore[arg-type]
-            elif not weight.target.is_meta and not errors:
-                local = local_tensor(weight.target)
-                local.copy_(values[0].view(local.shape))
+            del values  # before the next slices are read ahead
             progress.update(sum(piece.num_bytes for piece in of_weight))
         if round_of_owners:
             _raise_on_every_rank(errors)
@@ -164,18 +171,35 @@ def _raise_on_every_rank(errors: list[Exception]) -> None:
 
 
 def _owners(weights: Sequence[PlannedWeight]) -> list[int | None]:
-    """The rank that reads all of each weight, or None where every rank reads its part."""
+    """Which of a weight's ranks reads all of it, or None where every rank reads its part."""
     turn = count()
-    return [next(turn) % world_size() if weight.needs_owner else None for weight in weights]
+    return [next(turn) % row_ranks(weight.target).size if weight.needs_owner else None for weight in weights]
 
 
 def _slices(weight: PlannedWeight, owner: int | None) -> list[TensorSlice]:
     """What this rank reads: a run of the tensor, or for a weight that is quantised already, a run of each part."""
     if owner is not None:
-        return [TensorSlice(weight.stored, 0, weight.stored.numel if owner == rank() else 0)]
+        reads = owner == row_ranks(weight.target).index
+        return [TensorSlice(weight.stored, 0, weight.stored.numel if reads else 0)]
     if isinstance(weight.stored, PackedWeight):
         return weight.stored.row_slices(*_rows_to_make(cast(QuantizedLinear, weight.module)))
-    return [TensorSlice(weight.stored, *_elements(weight))]
+    first, last = _elements(weight)
+    if weight.is_quantized:
+        return [TensorSlice(weight.stored, first, last)]
+    # An embedding is the largest tensor of many models; nothing needs it whole on the way to its place.
+    step = PLAIN_PIECE_BYTES // weight.stored.dtype.itemsize
+    return [TensorSlice(weight.stored, at, min(at + step, last)) for at in range(first, last, step)]
+
+
+def _copy_plain(target: Tensor, values: Iterator[Tensor], errors: list[Exception]) -> None:
+    """Copy the pieces of an unquantised tensor, in order, into this rank's part of it."""
+    flat = None if target.is_meta else local_tensor(target).view(-1)
+    done = 0
+    for piece in values:
+        if flat is not None and not errors:
+            flat[done : done + len(piece)].copy_(piece)
+        done += len(piece)
+        del piece  # before the next slices are read ahead
 
 
 def _elements(weight: PlannedWeight) -> tuple[int, int]:
@@ -202,7 +226,7 @@ def _rows_to_make(layer: QuantizedLinear) -> tuple[int, int]:
 
 def _store_rows(layer: QuantizedLinear, values: list[Tensor], stored: StoredTensor, errors: list[Exception]) -> None:
     def gather_rows(part: Tensor) -> Tensor:
-        return _gather_rows(part, layer.num_rows)
+        return _gather_rows(part, layer)
 
     codes, stats = _make_rows(layer, values, stored, errors)
     layer.row_fingerprints = gather_rows(fingerprint(codes, stats).to(codes.device)[:, None])[:, 0].cpu()
@@ -222,12 +246,12 @@ def _make_rows(
     def gather_rows(part: Tensor) -> Tensor:
         nonlocal gathered
         gathered += 1
-        return _gather_rows(part, layer.num_rows)
+        return _gather_rows(part, layer)
 
     def gather_the_rest(part: Tensor) -> Tensor:
         nonlocal gathered
         gathered -= 1
-        return part.new_ones(layer.num_rows, part.shape[1]) if gathered >= 0 else _gather_rows(part, layer.num_rows)
+        return part.new_ones(layer.num_rows, part.shape[1]) if gathered >= 0 else _gather_rows(part, layer)
 
     first, last = _rows_to_make(layer)
     try:
@@ -244,15 +268,19 @@ def _make_rows(
     return layer.backend.quantize(values[0].new_empty(0, dtype=layer.dtype), stored.numel, gather_the_rest)
 
 
-def _gather_rows(part: Tensor, num_rows: int) -> Tensor:
-    """(local_rows, k) of every rank -> (num_rows, k). Every rank but the last owns ceil(num_rows / ranks) rows."""
-    if world_size() == 1:
+def _gather_rows(part: Tensor, layer: QuantizedLinear) -> Tensor:
+    """(local_rows, k) of the ranks that share the layer's rows -> (num_rows, k) on each of them.
+
+    Every rank but the last owns ceil(num_rows / ranks) rows.
+    """
+    ranks = row_ranks(layer.weight)
+    if ranks.size == 1:
         return part
-    chunk = -(-num_rows // world_size())
+    chunk = -(-layer.num_rows // ranks.size)
     padded = pad(part, (0, 0, 0, chunk - len(part))).contiguous()
-    whole = padded.new_empty(world_size(), chunk, part.shape[1])
-    dist.all_gather(list(whole.unbind()), padded)
-    return whole.flatten(0, 1)[:num_rows]
+    whole = padded.new_empty(ranks.size, chunk, part.shape[1])
+    dist.all_gather(list(whole.unbind()), padded, group=ranks.group)
+    return whole.flatten(0, 1)[: layer.num_rows]
 
 
 def _read_on(slices: list[TensorSlice], device: torch.device, errors: list[Exception]) -> Iterator[Tensor]:

@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 import transformers.trainer
 from accelerate import Accelerator, PartialState
+from accelerate.state import is_initialized
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, extract_model_from_parallel
 from peft import PeftModel
 from transformers import Trainer
 
 from hf_fsdp_qlora.distributed import local_rank, rank, same_outcome, world_size
+from hf_fsdp_qlora.engine import resolve_replicas
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.export import restore_adapter
 from hf_fsdp_qlora.linear import QuantizedLinear
@@ -61,8 +63,10 @@ def _patched_create_accelerator(stock: Any) -> Any:
 
     @functools.wraps(stock)
     def create_accelerator_and_postprocess(trainer: Trainer) -> None:
-        stock(trainer)
         attached = attachment(trainer.model)
+        if attached is not None and attached.engine == "fsdp2" and resolve_replicas() > 1:
+            _announce_replicas()
+        stock(trainer)
         if attached is None:
             return
         _check_settings(trainer, attached)
@@ -115,14 +119,7 @@ def _enter_fsdp(trainer: Trainer, engine: str) -> None:
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.FSDP:
         return
-    facts = {
-        "distributed_type": DistributedType.FSDP,
-        "backend": dist.get_backend(),
-        "device": torch.device("cpu"),  # with use_cpu it has an index, which FSDP1 takes for another device
-        "num_processes": world_size(),
-        "process_index": rank(),
-        "local_process_index": local_rank(),
-    }
+    facts = _facts_on_cpu(DistributedType.FSDP)
     vars(state).update(facts)
     # AcceleratorState copies these back whenever one is constructed, as the optimizer wrapper does.
     PartialState._shared_state.update(facts)
@@ -130,6 +127,28 @@ def _enter_fsdp(trainer: Trainer, engine: str) -> None:
     settings = {"fsdp_version": 2} if engine == "fsdp2" else {"fsdp_version": 1, "cpu_ram_efficient_loading": False}
     state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
     trainer.is_fsdp_enabled = True
+
+
+def _announce_replicas() -> None:
+    """On CPU, have accelerate take the FSDP path from the beginning: with a `parallelism_config` it refuses MULTI_CPU
+    before `_enter_fsdp` can correct it. MULTI_GPU is what it turns into FSDP by the launcher's environment.
+
+    https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/parallelism_config.py (_validate_accelerator)
+    Can go with `_enter_fsdp`.
+    """
+    if PartialState().device.type == "cpu" and not is_initialized():
+        PartialState._shared_state.update(_facts_on_cpu(DistributedType.MULTI_GPU))
+
+
+def _facts_on_cpu(distributed_type: DistributedType) -> dict[str, Any]:
+    return {
+        "distributed_type": distributed_type,
+        "backend": dist.get_backend(),
+        "device": torch.device("cpu"),  # with use_cpu it has an index, which FSDP1 takes for another device
+        "num_processes": world_size(),
+        "process_index": rank(),
+        "local_process_index": local_rank(),
+    }
 
 
 def _patched_prepare_fsdp2(stock: Any) -> Any:
