@@ -46,10 +46,14 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 class QuantizedLoraLinear(LoraLinear):
     """PEFT's LoRA layer over a `QuantizedLinear`.
 
-    Everything but merging is inherited. The forward differs from PEFT's plain one as PEFT's own 4-bit layer does: the
-    update is rounded to the dtype of the base output before it is added, so that no float32 copy of a whole output
-    appears and the values equal those of stock QLoRA.
+    Everything but merging is inherited. One plain adapter that computes in the dtype of the base is added by the
+    base's own product (`lora_linear`): no pass over the output for it. Otherwise the forward differs from PEFT's plain
+    one as PEFT's own 4-bit layer does: the update is rounded to the dtype of the base output before it is added, so
+    that no float32 copy of a whole output appears and the values equal those of stock QLoRA.
     """
+
+    fuse: bool = True
+    """Whether the base's product may add the adapter; a class attribute to switch it off for a comparison."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of `x`.
@@ -62,6 +66,9 @@ class QuantizedLoraLinear(LoraLinear):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) == 1 and active[0] in self.lora_variant:
             return dora_forward(self, x, active[0])
+        if len(active) == 1 and self._fusible(x, active[0]):
+            weights = self.lora_A[active[0]].weight, self.lora_B[active[0]].weight
+            return self.base_layer(x, lora=(*weights, self.scaling[active[0]]))
         result = self.base_layer(x)
         for name in active:
             if name in self.lora_variant:
@@ -74,6 +81,18 @@ class QuantizedLoraLinear(LoraLinear):
             update = self.lora_B[name](lora_a(self.lora_dropout[name](x))) * self.scaling[name]
             result = result + update.to(result.dtype)
         return result
+
+    def _fusible(self, x: Tensor, name: str) -> bool:
+        """Whether `lora_linear` computes what this layer means: same input, same dtype, nothing in between."""
+        base: Any = self.base_layer
+        lora_a: Any = self.lora_A[name]
+        lora_b, dropout = self.lora_B[name], self.lora_dropout[name]
+        dropped = self.training and not isinstance(dropout, nn.Identity)
+        biases = lora_b.bias is not None or (base.bias is not None and base.bias.requires_grad)
+        if not self.fuse or dropped or biases or is_wrapped(lora_a):
+            return False
+        device = x.device.type
+        return torch.is_autocast_enabled(device) or lora_a.weight.dtype == base.product_dtype(device) == x.dtype
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:

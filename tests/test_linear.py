@@ -10,9 +10,10 @@ from transformers import BitsAndBytesConfig
 
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.formats import four_bit_rows, shard_range
-from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes, quantized_linear
+from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
 from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, backend_for_config
 from hf_fsdp_qlora.quantization.bitsandbytes import BLOCK_SIZES
+from hf_fsdp_qlora.row_ops import lora_linear, quantized_linear
 
 # Smaller than a row, ending inside a block, inside a row, odd numbers of elements, one row wide, several rows.
 SHAPES = [(96, 96), (1, 63), (300, 257), (513, 1000), (64, 1), (128, 384)]
@@ -37,9 +38,7 @@ def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def bitsandbytes_weight(weight: torch.Tensor, quant_type: str, block_size: int, nested: bool) -> torch.Tensor:
-    codes, state = bnb.quantize_4bit(
-        weight, blocksize=block_size, quant_type=quant_type, compress_statistics=nested
-    )
+    codes, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type=quant_type, compress_statistics=nested)
     return bnb.dequantize_4bit(codes, state).reshape(weight.shape)
 
 
@@ -48,9 +47,7 @@ def bitsandbytes_weight(weight: torch.Tensor, quant_type: str, block_size: int, 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("block_size", [64, 256, 4096])
 def test_linear_equals_bitsandbytes(quant_type: str, nested: bool, dtype: torch.dtype, block_size: int) -> None:
-    config = BlockwiseFourBitConfig(
-        block_size, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=nested
-    )
+    config = BlockwiseFourBitConfig(block_size, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=nested)
     for shape in SHAPES:
         weight = torch.randn(shape).to(dtype)
         expected = bitsandbytes_weight(weight, quant_type, block_size, nested)
@@ -152,6 +149,47 @@ def test_custom_op_compiles_without_a_graph_break_and_passes_opcheck() -> None:
     compiled(x).sum().backward()
     args = (x, layer.weight, layer.weight_stats, layer.bias, layer.backend.spec, 48, 80)
     torch.library.opcheck(quantized_linear, args)
+
+
+def lora_linear_by_hand(
+    layer: QuantizedLinear, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    return nn.functional.linear(x, layer.dequantize(), layer.bias.detach()) + scaling * (x @ lora_a.T) @ lora_b.T
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_lora_linear_equals_the_sum_of_both_products(compiled: bool) -> None:
+    """In float32, where only the order of additions differs: the tolerance is float32's rounding over 80 terms."""
+    layer = make_linear(torch.randn(48, 80), BitsAndBytesConfig(load_in_4bit=True), bias=True)
+    layer.bias.requires_grad_(False)
+    inputs = torch.randn(2, 5, 80), torch.randn(4, 80), torch.randn(48, 4)
+    ours, reference = ([tensor.clone().requires_grad_() for tensor in inputs] for _ in range(2))
+    call = torch.compile(layer, fullgraph=True) if compiled else layer
+    output = call(ours[0], lora=(ours[1], ours[2], 0.5))
+    expected = lora_linear_by_hand(layer, reference[0], reference[1], reference[2], 0.5)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    gradient = torch.randn_like(output)
+    output.backward(gradient)
+    expected.backward(gradient)
+    for mine, wanted in zip(ours, reference, strict=True):
+        torch.testing.assert_close(gradient_of(mine), gradient_of(wanted), rtol=1e-5, atol=2e-5)
+    args = (layer.weight, layer.weight_stats, layer.bias, *ours[1:], 0.5, layer.backend.spec, 48, 80)
+    torch.library.opcheck(lora_linear, (ours[0], *args))
+
+
+def test_lora_linear_keeps_its_input_and_packed_rows_only() -> None:
+    layer = make_linear(torch.randn(256, 256), BitsAndBytesConfig(load_in_4bit=True))
+    x, lora_a, lora_b = (torch.randn(shape, requires_grad=True) for shape in [(9, 256), (3, 256), (256, 3)])
+    saved: list[torch.Tensor] = []
+
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        layer(x, lora=(lora_a, lora_b, 1.0))
+    given = {tensor.data_ptr() for tensor in (x, lora_a, lora_b, layer.weight, layer.weight_stats)}
+    assert [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in given] == [(9, 3)]
 
 
 def test_format_arithmetic_of_nested_nf4() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from hf_fsdp_qlora import row_ops
 from hf_fsdp_qlora.allocation import materialize
 from hf_fsdp_qlora.lora import QuantizedLoraLinear, add_adapter, initialize_adapters
 from hf_fsdp_qlora.lora_config import targeted_modules
@@ -94,6 +95,38 @@ def test_outputs_and_gradients_equal_stock_qlora(qwen2: Path, dtype: torch.dtype
     assert torch.equal(logits[0], logits[1])
     assert_same_tensors(gradients(ours), gradients(stock))
     assert {gradient.dtype for gradient in gradients(ours).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fused_adapters_equal_peft_within_rounding(
+    qwen2: Path, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update joins the product's sum instead of being rounded by itself: the tolerance is the dtype's rounding
+    over two layers; with q, k and v biases, which the fused product adds too."""
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = load_with_adapter(qwen2, config, dtype=torch.float32).train()
+    calls: list[Any] = []
+    product = row_ops._lora_linear
+
+    def count(*args: Any) -> Any:
+        calls.append(args)
+        return product(*args)
+
+    monkeypatch.setattr(row_ops, "_lora_linear", count)
+    results = []
+    for fuse in (True, False):
+        monkeypatch.setattr(QuantizedLoraLinear, "fuse", fuse)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(input_ids=TOKENS, labels=TOKENS)
+        output.loss.backward()
+        results.append((output.logits, gradients(model)))
+    limit = 3e-2 if autocast else 1e-5
+    (logits, fused), (expected, plain) = results
+    assert len(calls) == len([module for module in model.modules() if isinstance(module, QuantizedLoraLinear)])
+    assert (logits - expected).norm() < limit * expected.norm()
+    for name, gradient in plain.items():
+        assert (fused[name] - gradient).norm() < limit * gradient.norm(), name
 
 
 def test_bf16_adapters_have_that_dtype_everywhere(qwen2: Path) -> None:
