@@ -34,5 +34,5 @@ $(STAMP): constraints.txt setup.cfg setup.py pyproject.toml
 	    { echo "$(PYTHON) is older than Python 3.11. Run: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hqq,test,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hqq,notebooks,test,dev]"
 	touch $(STAMP)

@@ -5,10 +5,14 @@ the fine-tuning data is Python's own language reference (`pydoc_data.topics`), w
 prose. Topics share paragraphs, so paragraphs are kept once and then cut into passages, of which some are held out.
 Passages are longer than a sequence: every evaluated sequence has the same length, and the mean loss does not depend on
 how sequences are spread over processes. Nothing is downloaded, and no text is shipped with the repository.
+
+`python base_model.py FOLDER [--steps N]` does both in a process of its own, which the notebooks use: a notebook that
+will fork its workers must not have started threads or a GPU itself.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import pydoc_data.topics
 import sysconfig
@@ -27,6 +31,19 @@ HELD_OUT_EVERY = 5
 EVAL_PASSAGES = 48
 PASSAGE_CHARACTERS = 1000
 """A passage has at least so many, which is surely more than SEQUENCE_LENGTH tokens."""
+
+
+def main() -> None:
+    """Write train.jsonl, eval.jsonl and base/ into the folder of the command line."""
+    parser = argparse.ArgumentParser(description="Make a tiny base model and data to fine-tune it on.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=240, help="of pretraining")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    write_data(args.folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loss = build_base_model(args.folder / "base", steps=args.steps, device=device)
+    print(f"A tiny Llama in {args.folder / 'base'}: loss {loss:.2f} on source code after {args.steps} steps")
 
 
 def write_data(folder: Path) -> None:
@@ -131,3 +148,7 @@ def _pretrain(model: LlamaForCausalLM, ids: torch.Tensor, steps: int, limit_s: f
         optimizer.step()
         losses.append(loss.item())
     return sum(losses[-20:]) / len(losses[-20:])
+
+
+if __name__ == "__main__":
+    main()
