@@ -28,6 +28,7 @@ from hf_fsdp_qlora.precision import check_mixed_precision
 from hf_fsdp_qlora.trainer_compat.checkpoints import has_optimizer, restore_optimizer
 from hf_fsdp_qlora.trainer_compat.logs import with_log_sources
 from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment
+from hf_fsdp_qlora.trainer_compat.optimizers import check_optimizer
 from hf_fsdp_qlora.trainer_compat.wrapping import (
     patched_get_state_dict,
     patched_prepare_model,
@@ -102,6 +103,7 @@ def _check_settings(trainer: Trainer, attached: Attachment) -> None:
             f"fsdp_state_dict_type: {plugin.state_dict_type.name} with FSDP1 cannot be resumed by another engine. Set "
             "FULL_STATE_DICT: only adapters and their optimizer states are gathered, never the base."
         )
+    check_optimizer(trainer.args, attached.engine)
     if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
         raise ConfigError(
             "bf16_full_eval and fp16_full_eval would cast the fp32 adapters for good. Leave them out: the model "
