@@ -1,0 +1,261 @@
+"""Training speed through the stock SFTTrainer, this package beside the stock stack, on the same weights and data.
+
+    python3 benchmarks/training_speed.py --shape llama-8b --batch 1 4 --folder /dev/shm
+
+Writes a random model in bitsandbytes NF4 with double quantisation, which both stacks load as it is, gives every model
+the same LoRA weights (r=16, all linear layers), and trains each variant for a few steps. Before a time is printed, the
+losses of all variants must agree step by step within what bf16 allows (`--tolerance`, relative), and must have fallen
+by more than that. The first steps warm up (and compile) and are not in the median.
+
+Variants, all with gradient checkpointing unless they say otherwise:
+
+  stock           transformers + bitsandbytes + PEFT
+  stock_compiled  the same, each decoder layer compiled
+  plain           this package, PEFT's own LoRA arithmetic
+  eager           this package as it is: LoRA added by the base's product
+  compiled        eager, each decoder layer compiled
+  some            compiled, the first `--checkpoint-layers` layers recomputed, the others keep their activations
+  none            compiled, nothing recomputed
+
+`--profile` adds a step under torch's profiler for each variant: kernels by time, and how long the GPU was idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from large_shapes import SHAPES, write_model
+from launch import describe_machine
+from torch import nn
+from transformers import TrainerCallback
+
+GIB = 2**30
+VARIANTS = ("stock", "stock_compiled", "plain", "eager", "compiled", "some", "none")
+WARM_STEPS = 3
+
+
+def main() -> None:
+    args = parse_arguments()
+    SHAPES["chosen"] = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        write_model(folder, "chosen", args.vocab_size)
+        shutil.rmtree(folder / "original")
+        results = []
+        for batch_size in args.batch:
+            for variant in args.variants:
+                results.append(run(variant, batch_size, args, str(folder / "nf4")))
+                print(results[-1]["line"], flush=True)
+    finally:
+        shutil.rmtree(folder)
+    for result in results:
+        if result["profile"]:
+            print(f"\n{result['name']}: {result['profile']}")
+    print(f"\n{describe_machine()}")
+    print(
+        f"{args.shape}, {SHAPES['chosen']['num_hidden_layers']} layers, vocabulary {args.vocab_size}, sequence "
+        f"{args.seq_len}, LoRA r=16 on all linear layers, NF4 with double quantisation; median of {args.steps} steps"
+    )
+    check_losses(results, args.tolerance)
+    print("| variant | batch | tok/s | s per step | peak GiB | load s | compile s | losses |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for result in results:
+        print(result["line"])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than the shape has")
+    parser.add_argument("--vocab-size", type=int, default=128256)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--checkpoint-layers", type=int, default=0, help="of the variant `some`")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument("--tolerance", type=float, default=5e-3)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--folder", help="where the model is written for the time of the run")
+    return parser.parse_args()
+
+
+def run(variant: str, batch_size: int, args: argparse.Namespace, model_path: str) -> dict[str, Any]:
+    """Load and train one variant.
+
+    Returns:
+        "losses" of every step, and the texts "line" (a row of the table) and "profile".
+    """
+    from hf_fsdp_qlora.lora import QuantizedLoraLinear
+
+    torch.compiler.reset()
+    QuantizedLoraLinear.fuse = variant != "plain"
+    started = time.perf_counter()
+    if variant.startswith("stock"):
+        model = load_stock(model_path, compiled=variant == "stock_compiled")
+    else:
+        model = load_ours(model_path, variant, args.checkpoint_layers)
+    loaded_s = time.perf_counter() - started
+    fill_adapter(model)
+    clock = Clock(WARM_STEPS + args.steps, args.profile)
+    losses = train(model, clock, batch_size, args, checkpointing=variant != "none", output_dir=f"{model_path}-out")
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    step_s = statistics.median(clock.seconds[WARM_STEPS:])
+    line = (
+        f"| {variant} | {batch_size} | {batch_size * args.seq_len / step_s:,.0f} | {step_s:.3f} | "
+        f"{clock.peak_bytes / GIB:.2f} | {loaded_s:.1f} | {clock.seconds[0] - step_s:.1f} | "
+        f"{' '.join(f'{loss:.3f}' for loss in losses)} |"
+    )
+    name = f"{variant}, batch {batch_size}"
+    return {"name": name, "batch": batch_size, "losses": losses, "line": line, "profile": clock.profile_text}
+
+
+def load_stock(model_path: str, *, compiled: bool) -> nn.Module:
+    """What a stock QLoRA script does."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from hf_fsdp_qlora.layer_options import compile_layers
+    from hf_fsdp_qlora.skeleton import decoder_layers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16, device_map={"": device})
+    if compiled:
+        compile_layers(decoder_layers(model))
+    return get_peft_model(model, lora_config())
+
+
+def load_ours(model_path: str, variant: str, checkpoint_layers: int) -> nn.Module:
+    from hf_fsdp_qlora import load_model
+    from hf_fsdp_qlora.layer_options import compile_layers, limit_checkpointing
+    from hf_fsdp_qlora.skeleton import decoder_layers
+
+    model = load_model(model_path, peft_config=lora_config(), dtype=torch.bfloat16)
+    base: Any = model.get_base_model()
+    if variant in ("compiled", "some", "none"):
+        compile_layers(decoder_layers(base))
+    if variant == "some":
+        limit_checkpointing(base, decoder_layers(base), checkpoint_layers)
+    return model
+
+
+def lora_config() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def fill_adapter(model: nn.Module) -> None:
+    """The same values for every stack; B is not zero, so that the first loss sees the adapter."""
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                generator = torch.Generator().manual_seed(sum(map(ord, name)))
+                scale = parameter.shape[1] ** -0.5 if "lora_A" in name else 1e-3
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def train(
+    model: nn.Module, clock: Clock, batch_size: int, args: argparse.Namespace, *, checkpointing: bool, output_dir: str
+) -> list[float]:
+    """Losses of every step. The text repeats itself, so that a few steps learn something."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from tests.tiny_tokenizer import make_tokenizer
+
+    cuda = torch.cuda.is_available()
+    steps = WARM_STEPS + args.steps + int(args.profile)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, 259, (steps * batch_size, 64), generator=generator)
+    words[:, :48] = words[0, :48]
+    rows = words.repeat(1, -(-args.seq_len // 64))[:, : args.seq_len]
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=output_dir, per_device_train_batch_size=batch_size, max_steps=steps, max_length=args.seq_len,
+            learning_rate=2e-4, lr_scheduler_type="constant", gradient_checkpointing=checkpointing, bf16=cuda,
+            use_cpu=not cuda, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
+        processing_class=make_tokenizer(),
+        callbacks=[clock],
+    )  # fmt: skip
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Clock(TrainerCallback):
+    """Seconds of every step, the peak of memory over all of them, and a profile of the step after the last."""
+
+    def __init__(self, steps: int, profile: bool) -> None:
+        self.steps = steps
+        self.profiler = None
+        self.wants_profile = profile
+        self.seconds: list[float] = []
+        self.peak_bytes = 0
+        self.profile_text = ""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0 and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if state.global_step == self.steps and self.wants_profile:
+            kinds = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else None
+            self.profiler = torch.profiler.profile(activities=kinds)
+            self.profiler.__enter__()
+        _synchronize()
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _synchronize()
+        seconds = time.perf_counter() - self.started
+        if self.profiler is None:
+            self.seconds.append(seconds)
+            if torch.cuda.is_available():
+                self.peak_bytes = torch.cuda.max_memory_allocated()
+        else:
+            self.profiler.__exit__(None, None, None)
+            self.profile_text = summarize(self.profiler, seconds)
+
+
+def summarize(profiler: Any, seconds: float) -> str:
+    """The GPU's busy time and its longest kernels, by name."""
+    kernels = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    busy_s = sum(event.self_device_time_total for event in kernels) / 1e6
+    launches = sum(event.count for event in kernels)
+    lines = [f"step {seconds:.3f} s, GPU busy {busy_s:.3f} s, {launches} kernels and copies"]
+    lines += [
+        f"  {event.self_device_time_total / 1e3:8.2f} ms {event.count:6d} x "
+        f"{event.self_device_time_total / event.count:8.1f} us  {event.key[:110]}"
+        for event in kernels[:22]
+    ]
+    return "\n".join(lines)
+
+
+def check_losses(results: list[dict[str, Any]], tolerance: float) -> None:
+    """Every variant of a batch size must train as the first one does."""
+    for result in results:
+        reference = next(other for other in results if other["batch"] == result["batch"])
+        assert reference["losses"][0] - reference["losses"][-1] > tolerance * reference["losses"][0], "nothing learned"
+        for mine, wanted in zip(result["losses"], reference["losses"], strict=True):
+            assert abs(mine - wanted) <= tolerance * wanted, (result["name"], result["losses"], reference["losses"])
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

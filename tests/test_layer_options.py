@@ -1,0 +1,78 @@
+"""Compiling and recomputing layer by layer: same losses and gradients, and only the layers asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.layer_options import compile_layers, limit_checkpointing
+from hf_fsdp_qlora.skeleton import decoder_layers
+from tests.lora_models import TOKENS, gradients, load_with_adapter
+from tests.tiny_models import save_tiny_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> PeftModel:
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    return load_with_adapter(save_tiny_model(tmp_path, "llama"), config, dtype=torch.float32).train()
+
+
+def step(model: PeftModel) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def test_limited_checkpointing_recomputes_the_first_layers_only(model: PeftModel) -> None:
+    base = model.get_base_model()
+    layers = decoder_layers(base)
+    runs = [0] * len(layers)
+    for index, layer in enumerate(layers):
+        mlp = layer.get_submodule("mlp")
+
+        def count(*_: object, index: int = index) -> None:
+            runs[index] += 1
+
+        mlp.register_forward_pre_hook(count)
+    limit_checkpointing(base, layers, 1)
+    expected = step(model)
+    assert runs == [1] * len(layers)
+    model.gradient_checkpointing_enable()
+    loss, found = step(model)
+    assert runs == [3] + [2] * (len(layers) - 1)
+    assert torch.equal(loss, expected[0])
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected[1].items())
+    model.gradient_checkpointing_disable()
+    step(model)
+    assert runs == [4] + [3] * (len(layers) - 1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_compiled_layers_compute_the_same(model: PeftModel, checkpointing: bool) -> None:
+    """In float32: what differs is the order of sums in fused kernels."""
+    expected = step(model)
+    layers = decoder_layers(model.get_base_model())
+    compile_layers(layers)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    loss, found = step(model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before, "nothing was compiled"
+    torch.testing.assert_close(loss, expected[0])
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_impossible_counts_are_refused(model: PeftModel) -> None:
+    base = model.get_base_model()
+    layers = decoder_layers(base)
+    with pytest.raises(ConfigError, match=f"the model has {len(layers)} decoder layers"):
+        limit_checkpointing(base, layers, len(layers) + 1)
+    with pytest.raises(ConfigError, match="no checkpointing of their own"):
+        limit_checkpointing(base, [torch.nn.Linear(2, 2)], 1)
