@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from hf_fsdp_qlora import ConfigError, QuantizedLinear, load_model
+from hf_fsdp_qlora.fsdp1 import clean_name
 from hf_fsdp_qlora.integrity import check_integrity
-from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig
+from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, LinearInt8Config
 from tests.distributed import run_distributed
+from tests.test_fsdp1 import FSDP1, launched, wrap
 from tests.test_loading import ENGINES, LORA, batch, nf4, plain_name
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizer import make_tokenizer
@@ -137,7 +139,8 @@ def test_layers_that_the_folder_keeps_in_16_bit_stay_so(llama: Path, tmp_path: P
     [
         (nf4(bnb_4bit_quant_type="fp4"), "differs from it in bnb_4bit_quant_type .'fp4', it has 'nf4'"),
         (nf4(bnb_4bit_use_double_quant=False), "bnb_4bit_use_double_quant .False, it has True"),
-        (BitsAndBytesConfig(load_in_8bit=True), "asks for BitsAndBytesConfig"),
+        (LinearInt8Config(), "asks for LinearInt8Config"),
+        (BitsAndBytesConfig(load_in_8bit=True), "load_in_8bit: True"),
         (
             BlockwiseFourBitConfig(128, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
             "bnb_4bit_blocksize .128, it has .64.",
@@ -196,16 +199,59 @@ def train(path: str, output_dir: str, resume: str | None) -> dict[str, Any]:
     trainer = SFTTrainer(model=model, args=args, train_dataset=make_data(16), processing_class=make_tokenizer())
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(Path(output_dir) / "final"))
-    return {**report(trainer), "rows": check_integrity(model)}
+    layers = [(clean_name(n), m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    weights = {plain_name(name): layer.dequantize() for name, layer in layers}
+    return {**report(trainer), "rows": check_integrity(model), "weights": weights}
 
 
-def test_training_on_two_ranks_resumes_exactly(folder: Path, tmp_path: Path) -> None:
-    env = launch_env("fsdp2")
-    whole = run_distributed(train, str(folder), str(tmp_path / "whole"), None, env=env)
+@pytest.mark.parametrize("env", [launch_env("fsdp2"), launched(False), launched(True)], ids=["fsdp2", "flat", "orig"])
+def test_two_ranks_train_the_stored_bytes_and_resume_exactly(
+    env: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    """What hubs have: uint8 storage, double quantisation, written by stock transformers."""
+    expected, _ = stock(folder, torch.float32)
+    whole = run_distributed(train, str(folder), str(tmp_path / "whole"), None, env=env, process_group=False)
     resume = str(tmp_path / "whole" / "checkpoint-2")
-    resumed = run_distributed(train, str(folder), str(tmp_path / "resumed"), resume, env=env)
+    resumed = run_distributed(train, str(folder), str(tmp_path / "resumed"), resume, env=env, process_group=False)
+    for rank in (*whole, *resumed):
+        assert rank["weights"].keys() == expected.keys() and rank["rows"] > 0
+        for name, weight in expected.items():
+            assert torch.equal(rank["weights"][name], weight.reshape(rank["weights"][name].shape)), name
     assert [rank["losses"] for rank in resumed] == [rank["losses"] for rank in whole]
-    assert len(set(whole[0]["losses"])) == 4 and whole[0]["rows"] > 0
+    assert len(set(whole[0]["losses"])) == 4
     files = [tmp_path / run / "final" / "adapter_model.safetensors" for run in ("whole", "resumed")]
     first, second = (load_file(file) for file in files)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def step(path: str, use_orig_params: bool) -> dict[str, Any]:
+    """A step in bf16, the dtype under which FSDP1 then stores rows."""
+    model: Any = load_model(path, peft_config=LORA)
+    layers = {plain_name(n): m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    wrapped = wrap(model, use_orig_params)
+    wrapped.train()
+    wrapped(**batch()).loss.backward()
+    rows = check_integrity(wrapped)
+    return {"rows": rows, "weights": {name: m.dequantize() for name, m in layers.items()}}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_fsdp1_holds_the_stored_bytes_of_every_format(name: str, llama: Path, tmp_path: Path) -> None:
+    path = save_quantized(tmp_path, llama, **FORMATS[name])
+    expected, _ = stock(path, torch.bfloat16)
+    for rank in run_distributed(step, str(path), "nested" in name, env=FSDP1):
+        assert rank["rows"] > 0 and rank["weights"].keys() == expected.keys()
+        for key, weight in expected.items():
+            assert torch.equal(rank["weights"][key], weight.reshape(rank["weights"][key].shape)), key
+
+
+def test_fp16_mixed_precision_is_refused_before_the_folder_is_read(folder: Path) -> None:
+    env = {**FSDP1, "ACCELERATE_MIXED_PRECISION": "fp16"}
+    for text in run_distributed(refuse_fp16, str(folder), env=env):
+        assert "mixed_precision: fp16 with 4-bit weights" in text
+
+
+def refuse_fp16(path: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_model(path, peft_config=LORA)
+    return str(caught.value)
