@@ -1,172 +1,220 @@
-"""The planner's predictions against what a GPU allocates.
+"""The planner's predictions against what a GPU allocates, in many configurations at once.
 
-    python benchmarks/planner_accuracy.py                 # one CUDA device; about two minutes and 20 GB of disk
-    python benchmarks/planner_accuracy.py --smoke         # tiny models, runs on a CPU, measures nothing there
+    python benchmarks/planner_accuracy.py                 (PYTHONPATH=. in front where the package is not installed)
     python benchmarks/planner_accuracy.py --only 8b_b1 8b_b4
+    python benchmarks/planner_accuracy.py --smoke         # tiny models; on a CPU it runs everything, measures nothing
 
-Every run writes a random checkpoint, loads it with `load_model` (FSDP2 runs with one rank), takes three optimizer
-steps through TRL's fused head as SFTTrainer does, and compares `max_memory_allocated` with `estimate_memory`, for the
-steps and for loading. Prints a Markdown table; a line that is off by more than 5 % is marked.
+Needs one 80 GB GPU, which configurations share: peak *allocated* memory is counted per process, so neighbours do not
+disturb it. Ranks of a configuration share the GPU too. A configuration starts when its checkpoint is written and the
+planner says that it fits beside those that run. Random checkpoints go to /dev/shm where it is large enough (35 GB).
+
+Each loads with `load_model` and trains three steps with the stock SFTTrainer, and compares the peaks of loading and of
+training with `estimate_memory`. The peak of every part of a step is printed beside the planner's, so that a miss can
+be understood from one run: a part ends where the final norm runs forward, where gradients reach its output and its
+input, where they reach the last decoder layer's input, and where the optimizer begins. One configuration's failure
+does not end the others; the exit status is 1 if one failed or missed by more than 5 %.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import os
+import shutil
 import tempfile
+import threading
+import time
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
-from trl.trainer.utils import add_fused_lm_head
+from fsdp1_check import FSDP1_ENV
+from launch import FSDP2_ENV, describe_machine, run_ranks
+from planner_models import write_checkpoint
+from planner_step import measure
 
-from hf_fsdp_qlora import load_model
-from hf_fsdp_qlora.memory import estimate_memory
+from hf_fsdp_qlora.memory import MemoryEstimate, estimate_memory
 from hf_fsdp_qlora.model_shape import model_shape
-from hf_fsdp_qlora.safetensors_stream import SafetensorsWriter, TensorInfo
 
 GIB = 2**30
-STEPS = 3
-PIECE = 2**24  # elements of random values that every tensor repeats
-SIZES: dict[str, dict[str, int]] = {
-    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, vocab_size=512),
-    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-               num_key_value_heads=8, vocab_size=128256),
-    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-               num_key_value_heads=8, vocab_size=128256),
-    "70b_8_layers": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=8, num_attention_heads=64,
-                         num_key_value_heads=8, vocab_size=128256),
-}  # fmt: skip
+LIMIT = 0.05
+AT_ONCE = 6
+"""Configurations; each costs cores while Python imports, and the cores are fewer than the gigabytes."""
+USABLE = 0.92
+"""Of the GPU's memory, for all configurations together by the planner's own figures."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the table: a size, and the planner's settings that differ from its defaults."""
+    """One line of the table: a model of planner_models.py, and what differs from the planner's default settings."""
 
     size: str
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def env(self) -> dict[str, str] | None:
+        """What `accelerate launch` would set."""
+        offload = {"FSDP_OFFLOAD_PARAMS": str(self.settings.get("offload") == "all").lower()}
+        environments = {"fsdp2": FSDP2_ENV | offload, "fsdp1": FSDP1_ENV | offload}
+        return environments.get(self.settings["engine"])
 
+    @property
+    def ranks(self) -> int:
+        return self.settings.get("gpus", 1)
+
+
+ACCUMULATE = dict(gradient_accumulation_steps=2)
 RUNS = {
+    "8b_fsdp2_offload_all": Run("8b", dict(engine="fsdp2", offload="all")),
+    "8b_fsdp2_offload_base": Run("8b", dict(engine="fsdp2", offload="base")),
+    "8layers_fsdp1_2ranks": Run("8layers", dict(engine="fsdp1", gpus=2)),
+    "8layers_fsdp2_2ranks": Run("8layers", dict(engine="fsdp2", gpus=2)),
+    "8layers_ddp_2ranks": Run("8layers", dict(engine="ddp", gpus=2, **ACCUMULATE)),
+    "70b_2layers_fsdp2_2ranks": Run("70b_2layers", dict(engine="fsdp2", gpus=2, seq_len=1024)),
     "8b_b1": Run("8b", dict(engine="none")),
     "8b_b4": Run("8b", dict(engine="none", batch_size=4)),
-    "8b_r64_plain_absmax": Run("8b", dict(engine="none", lora_r=64, double_quant=False)),
+    "8b_r64_plain_absmax_adam8": Run(
+        "8b", dict(engine="none", lora_r=64, double_quant=False, optimizer="adamw_bnb_8bit")
+    ),
     "8b_stored": Run("8b", dict(engine="none", seq_len=512, gradient_checkpointing=False)),
-    "8b_dropout_accumulate": Run("8b", dict(engine="none", lora_dropout=0.05, gradient_accumulation_steps=2)),
+    "8b_dropout_accumulate": Run("8b", dict(engine="none", lora_dropout=0.05, **ACCUMULATE)),
     "8b_fsdp2": Run("8b", dict(engine="fsdp2")),
-    "8b_fsdp2_offload": Run("8b", dict(engine="fsdp2", offload="all")),
-    "8b_fsdp2_offload_base": Run("8b", dict(engine="fsdp2", offload="base")),
+    "8layers_int8": Run("8layers", dict(engine="none", quant_format="int8")),
+    "8layers_hqq": Run("8layers", dict(engine="none", quant_format="hqq")),
+    "8layers_prequantized": Run("8layers", dict(engine="none", prequantized=True)),
+    "8layers_lora_16bit": Run("8layers", dict(engine="none", method="lora")),
+    "8layers_padded": Run("8layers", dict(engine="none", batch_size=4, seq_len=1024, padded=True)),
+    "8layers_fsdp2_2ranks_offload_base": Run("8layers", dict(engine="fsdp2", gpus=2, offload="base")),
     "1b_long": Run("1b", dict(engine="none", seq_len=8192)),
     "1b_head": Run("1b", dict(engine="none", modules_to_save=("lm_head",))),
-    "70b_8_layers": Run("70b_8_layers", dict(engine="none", seq_len=1024)),
-    "70b_8_layers_fsdp2": Run("70b_8_layers", dict(engine="fsdp2", seq_len=4096)),
 }
 SMOKE = {
     "tiny": Run("tiny", dict(engine="none", seq_len=64)),
-    "tiny_fsdp2": Run("tiny", dict(engine="fsdp2", seq_len=64, gradient_accumulation_steps=2)),
+    "tiny_prequantized": Run("tiny", dict(engine="none", seq_len=64, prequantized=True)),
+    "tiny_hqq": Run("tiny", dict(engine="none", seq_len=64, quant_format="hqq", modules_to_save=("lm_head",))),
+    "tiny_padded": Run("tiny", dict(engine="none", seq_len=64, batch_size=2, padded=True, quant_format="int8")),
+    "tiny_fsdp2_2ranks": Run("tiny", dict(engine="fsdp2", seq_len=64, gpus=2, **ACCUMULATE)),
+    "tiny_ddp_2ranks": Run("tiny", dict(engine="ddp", seq_len=64, gpus=2)),
+    "tiny_fsdp1_2ranks": Run("tiny", dict(engine="fsdp1", seq_len=64, gpus=2)),
 }
 
 
-def main(args: argparse.Namespace) -> None:
-    runs = SMOKE if args.smoke else {name: RUNS[name] for name in args.only or RUNS}
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
-    os.environ.setdefault("MASTER_PORT", "29511")
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    print("| run | peak predicted | measured | off | loading predicted | measured | off |")
+def main(args: argparse.Namespace) -> int:
+    known = SMOKE if args.smoke else RUNS
+    runs = {name: known[name] for name in args.only or known}
+    print(describe_machine(), flush=True)
+    started, failed = time.perf_counter(), []
+    lines: dict[str, str] = {}
+    folder = Path(tempfile.mkdtemp(dir=args.folder or best_folder()))
+    try:
+        with ThreadPoolExecutor(4) as writers, ThreadPoolExecutor(AT_ONCE if torch.cuda.is_available() else 1) as pool:
+            sizes = dict.fromkeys(run.size for run in runs.values())
+            written = {size: writers.submit(write_checkpoint, folder / size, size) for size in sizes}
+            room = Room()
+            futures = {pool.submit(one, run, folder / run.size, written[run.size], room): name
+                       for name, run in runs.items()}  # fmt: skip
+            for future in as_completed(futures):
+                name = futures[future]
+                try:
+                    estimate, results = future.result()
+                except Exception:  # noqa: BLE001  (whatever it was, the other configurations go on)
+                    failed.append(name)
+                    print(f"\n{name} FAILED\n{traceback.format_exc()}", flush=True)
+                    continue
+                lines[name] = table_line(name, estimate, results[0])
+                print(details(name, estimate, results), flush=True)
+    finally:
+        shutil.rmtree(folder)
+    print("\n| run | training: predicted | measured | off | loading: predicted | measured | off |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, run in runs.items():
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            config = write_checkpoint(Path(folder), run.size)
-            estimate = estimate_memory(model_shape(config), **run.settings)
-            loading, peak = measure(folder, estimate.settings)
-        cells = [*compare(estimate.peak_bytes, peak), *compare(estimate.loading_peak_bytes, loading)]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
-    torch.distributed.destroy_process_group()
+    print("\n".join(lines[name] for name in runs if name in lines))
+    seconds = time.perf_counter() - started
+    print(f"\n{len(lines)} configurations in {seconds:.0f} s; failed: {', '.join(failed) or 'none'}")
+    return int(bool(failed) or any("MISS" in line for line in lines.values()))
 
 
-def compare(predicted: int, measured: int | None) -> list[str]:
+def one(run: Run, folder: Path, written: Future[None], room: Room) -> tuple[MemoryEstimate, list[dict[str, Any]]]:
+    """A configuration in processes of its own, once its checkpoint is there and the GPU has room."""
+    written.result()
+    estimate = estimate_memory(model_shape(str(folder)), **run.settings)
+    needed = run.ranks * (max(estimate.needed_bytes, estimate.loading_peak_bytes) + GIB)
+    with room.for_bytes(needed):
+        results = run_ranks(
+            measure, str(folder), estimate.settings, world_size=run.ranks, env=run.env,
+            process_group=run.env is not None or run.ranks > 1,
+        )  # fmt: skip
+    return estimate, results
+
+
+class Room:
+    """Lets configurations begin while their predicted sum fits the GPU; one alone always may."""
+
+    def __init__(self) -> None:
+        cuda = torch.cuda.is_available()
+        self.limit = torch.cuda.get_device_properties(0).total_memory * USABLE if cuda else 0
+        self.used = 0
+        self.changed = threading.Condition()
+
+    def for_bytes(self, needed: int) -> Any:
+        """A context manager that waits for the room and gives it back."""
+        return _Place(self, needed)
+
+
+class _Place:
+    def __init__(self, room: Room, needed: int) -> None:
+        self.room, self.needed = room, needed
+
+    def __enter__(self) -> None:
+        with self.room.changed:
+            self.room.changed.wait_for(lambda: not self.room.used or self.room.used + self.needed <= self.room.limit)
+            self.room.used += self.needed
+
+    def __exit__(self, *_: object) -> None:
+        with self.room.changed:
+            self.room.used -= self.needed
+            self.room.changed.notify_all()
+
+
+def best_folder() -> str | None:
+    """/dev/shm if all checkpoints fit there twice over (training needs host memory too), else the default."""
+    shared = Path("/dev/shm")
+    return str(shared) if shared.is_dir() and shutil.disk_usage(shared).free > 60 * 10**9 else None
+
+
+def table_line(name: str, estimate: MemoryEstimate, result: dict[str, Any]) -> str:
+    cells = [*compare(estimate.peak_bytes, result["peak"]), *compare(estimate.loading_peak_bytes, result["loading"])]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def compare(predicted: int, measured: int) -> list[str]:
     """Three cells: predicted, measured, how far off."""
-    if measured is None:
+    if not measured:
         return [f"{predicted / GIB:.2f} GiB", "no GPU", ""]
     off = predicted / measured - 1
-    mark = " MISS" if abs(off) > 0.05 else ""
+    mark = " MISS" if abs(off) > LIMIT else ""
     return [f"{predicted / GIB:.2f} GiB", f"{measured / GIB:.2f} GiB", f"{off:+.1%}{mark}"]
 
 
-def write_checkpoint(folder: Path, size: str) -> LlamaConfig:
-    """A random bf16 checkpoint, written tensor by tensor."""
-    sizes: dict[str, Any] = dict(SIZES[size])
-    config = LlamaConfig(**sizes, architectures=["LlamaForCausalLM"], dtype="bfloat16", max_position_embeddings=8192)
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    infos = {name: TensorInfo(torch.bfloat16, tuple(t.shape)) for name, t in model.state_dict().items()}
-    values = (torch.randn(PIECE) * 0.02).bfloat16().view(torch.uint8).numpy().data
-    with SafetensorsWriter(folder / "model.safetensors", infos, {"format": "pt"}) as writer:
-        for info in infos.values():
-            for start in range(0, info.num_bytes, len(values)):
-                writer.append_bytes(values[: info.num_bytes - start])
-    return config
+def details(name: str, estimate: MemoryEstimate, results: list[dict[str, Any]]) -> str:
+    """Everything the planner thought and every part of the step as measured, on all ranks."""
 
+    def shown(values: dict[str, int]) -> str:
+        return ", ".join(f"{key} {size / GIB:.3f}" for key, size in values.items() if size)
 
-def measure(folder: str, settings: Any) -> tuple[int | None, int | None]:
-    """Highest allocated bytes while loading and while training; None without CUDA."""
-    gc.collect()
-    reset_peak()
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=settings.double_quant
-    )
-    lora = LoraConfig(
-        r=settings.lora_r, lora_dropout=settings.lora_dropout, target_modules=settings.target_modules,
-        modules_to_save=list(settings.modules_to_save) or None, task_type="CAUSAL_LM",
-    )  # fmt: skip
-    model: Any = load_model(
-        folder, quantization_config=quantization, peft_config=lora, fsdp=settings.engine, offload=settings.offload
-    )
-    loading = reset_peak()
-    add_fused_lm_head(model.get_base_model())
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    model.train()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda" and settings.offload != "all")
-    tokens = torch.randint(0, model.config.vocab_size, (settings.batch_size, settings.seq_len), device=device)
-    autocast = settings.engine == "none"  # accelerate adds none under FSDP2
-    for _ in range(STEPS):
-        for _ in range(settings.gradient_accumulation_steps):
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                loss = model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss
-            loss.backward()
-            del loss
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    peak = reset_peak()
-    del model, optimizer, trained
-    return loading, peak
-
-
-def reset_peak() -> int | None:
-    """The highest allocation since the last call."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return peak
+    lines = [
+        f"\n{table_line(name, estimate, results[0])}  {results[0]['seconds']:.0f} s",
+        f"  planner: {estimate.highest_moment}: {shown(estimate.gpu)}",
+        f"  planner's moments: {shown(estimate.moments)}",
+    ]
+    for rank, result in enumerate(results):
+        lines.append(f"  measured on rank {rank}: {shown(result['parts'])}; static {shown(result['static'])}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny models")
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), help="some of the runs")
+    parser.add_argument("--only", nargs="+", choices=[*RUNS, *SMOKE], help="some of the runs")
     parser.add_argument("--folder", help="where to write the temporary checkpoints")
-    main(parser.parse_args())
+    raise SystemExit(main(parser.parse_args()))

@@ -24,14 +24,24 @@ A quantised weight is read again in backward from its packed rows and a frozen o
 **Kept once**: cTH per decoder layer with checkpointing (its input), cTH and 4TH (output and float32 input of the final
 norm), 2cT head_dim (rotary tables), TS bytes of boolean mask with padding.
 
-**Passing**: the highest of these three moments is the step's peak.
+**Passing**, in the order of a step; what an engine gathers at each of these moments is in memory_gathered.py, and the
+highest sum is the step's peak.
+
+- The forward of the last decoder layer: 2cTH (residual and the MLP's input) and the larger of 3cTI (activation, up
+  projection and their product; with dropout 4cTI: activation, the two outputs of a LoRA layer and their sum) and 2cTI
+  with the dequantised weight. Without checkpointing the layer's kept tensors are there already and only the weight
+  comes on top.
+- The head being fetched: nothing but what is kept.
+- The head, see 2. The final norm, see 3. The last decoder layer, see 1.
+- The first decoder layer, as 1., when all other layers' tensors are gone and all gradients are there.
 
 1. The layer that is recomputed or run backward first (the last of the model), on top of its kept tensors, whichever
    is most of:
    - its recomputation up to MLP out: 3cTH (residual, output, the gradient that waits), cTH and cTI if the inputs of
      MLP in and MLP out are not kept, and the dequantised weight with its float32 statistics;
-   - the backward of MLP out: cTH, the same weight, one gradient cTI for each of its one or two branches;
-   - the backward of the product of gate and up: cTH and 3cTI, 4cTI where the two are one fused layer;
+   - the backward of MLP out: cTH, the same weight, its input's gradient cTI (two with dropout, where PEFT's layers
+     add the adapter; else the base's product does, row_ops.py);
+   - the backward of the product of gate and up: cTH and 3cTI, 4cTI with dropout where the two are one fused layer;
    - the backward of a norm after the MLP: five float32 tensors of TH;
    - the backward of an eager softmax: two float32 tensors of T S heads, the cast probabilities and what the MLP kept
      being gone.
@@ -52,7 +62,12 @@ from dataclasses import dataclass
 
 from hf_fsdp_qlora.model_shape import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, LinearShape, ModelShape
 
-LAYER_MOMENT, HEAD_MOMENT, NORM_MOMENT = "backward of the last decoder layer", "the head", "backward of the final norm"
+FORWARD_MOMENT = "forward of a decoder layer"
+HEAD_FETCH_MOMENT = "fetching the head"
+HEAD_MOMENT = "the head"
+NORM_MOMENT = "backward of the final norm"
+LAYER_MOMENT = "backward of the last decoder layer"
+FIRST_LAYER_MOMENT = "backward of the first decoder layer"
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 """Tile of TRL's fused head (TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE)."""
 
@@ -81,37 +96,37 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes at the step's highest moment, by kind; `moments` has the sums of all three."""
+    """Bytes at one moment of a step, by kind."""
 
+    moment: str
     kept_bytes: int
     layer_bytes: int
     passing_bytes: int
     logits_bytes: int
-    moment: str
-    moments: dict[str, int]
 
     @property
     def total_bytes(self) -> int:
         return self.kept_bytes + self.layer_bytes + self.passing_bytes + self.logits_bytes
 
 
-def activations(shape: ModelShape, step: StepSettings) -> Activations:
-    """The highest moment of a step. See the module's docstring for the terms."""
+def activations(shape: ModelShape, step: StepSettings) -> dict[str, Activations]:
+    """The moments of a step, by name. See the module's docstring for the terms."""
     tokens, c, hidden = step.tokens, step.compute_bytes, shape.hidden_size
-    layer = layer_bytes(shape, step)
-    kept = 2 * c * tokens * shape.head_dim + (tokens * step.seq_len if step.padded else 0)
-    kept += shape.num_layers * c * tokens * hidden if step.checkpointing else (shape.num_layers - 1) * layer
-    final_norm = (4 + c) * tokens * hidden
-    head = _head_bytes(shape, step)
+    layer, passing = layer_bytes(shape, step), _passing_bytes(shape, step)
+    always = 2 * c * tokens * shape.head_dim + (tokens * step.seq_len if step.padded else 0)
+    per_layer = c * tokens * hidden if step.checkpointing else layer
+    kept = always + (shape.num_layers if step.checkpointing else shape.num_layers - 1) * per_layer
     forward_end = 0 if step.checkpointing else layer
-    moments = {
-        LAYER_MOMENT: (layer, _passing_bytes(shape, step), 0),
-        HEAD_MOMENT: (forward_end, final_norm, head),
-        NORM_MOMENT: (forward_end, 20 * tokens * hidden, 0),
-    }
-    moment, (in_layer, passing, logits) = max(moments.items(), key=lambda item: sum(item[1]))
-    sums = {name: kept + sum(terms) for name, terms in moments.items()}
-    return Activations(kept, in_layer, passing, logits, moment, sums)
+    final_norm = (4 + c) * tokens * hidden
+    moments = (
+        Activations(FORWARD_MOMENT, kept, forward_end, _forward_bytes(shape, step), 0),
+        Activations(HEAD_FETCH_MOMENT, kept, forward_end, final_norm, 0),
+        Activations(HEAD_MOMENT, kept, forward_end, final_norm, _head_bytes(shape, step)),
+        Activations(NORM_MOMENT, kept, forward_end, 20 * tokens * hidden, 0),
+        Activations(LAYER_MOMENT, kept, layer, passing, 0),
+        Activations(FIRST_LAYER_MOMENT, always + (per_layer if step.checkpointing else 0), layer, passing, 0),
+    )
+    return {moment.moment: moment for moment in moments}
 
 
 def layer_bytes(shape: ModelShape, step: StepSettings) -> int:
@@ -160,14 +175,25 @@ def _passing_bytes(shape: ModelShape, step: StepSettings) -> int:
     is_fused = any(linear.out_features == 2 * shape.intermediate_size for linear in shape.linears)
     keeps_mlp_in = any(_is_trained(x, step) for x in shape.linears if x.leaf in MLP_IN) and not step.dropout
     recompute = (3 if keeps_mlp_in else 4) * flow + dense + wide - kept_input
-    down_backward = flow + dense + (2 * wide if down.name in step.lora else wide) - kept_input
-    product_backward = flow + (4 * wide if is_fused else 3 * wide) - kept_input
+    branches = 2 if down.name in step.lora and step.dropout else 1
+    down_backward = flow + dense + branches * wide - kept_input
+    product_backward = flow + (4 if is_fused and step.dropout else 3) * wide - kept_input
     norm_backward = 20 * tokens * shape.hidden_size if shape.norm_ends_layer else 0
     scores = tokens * step.seq_len * shape.num_heads
     mlp_kept = (4 if is_gated(shape) else 2) * wide + 4 * tokens * shape.hidden_size
     softmax_backward = (8 - c) * scores - mlp_kept if shape.eager_attention else 0
     moments = (down_backward, product_backward, norm_backward, softmax_backward)
     return max(recompute if step.checkpointing else 0, *moments)
+
+
+def _forward_bytes(shape: ModelShape, step: StepSettings) -> int:
+    tokens, c = step.tokens, step.compute_bytes
+    dense = max(dequantized_bytes(linear, step) for linear in shape.linears)
+    if not step.checkpointing:
+        return dense
+    flow, wide = c * tokens * shape.hidden_size, c * tokens * shape.intermediate_size
+    apart = step.dropout and any(linear.name in step.lora for linear in shape.linears if linear.leaf in MLP_IN)
+    return 2 * flow + max((4 if apart else 3) * wide, 2 * wide + dense)
 
 
 def _head_bytes(shape: ModelShape, step: StepSettings) -> int:

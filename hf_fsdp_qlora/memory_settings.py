@@ -11,17 +11,19 @@ from hf_fsdp_qlora.model_shape import ModelShape
 
 GIB = 2**30
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-METHODS = ("qlora", "lora", "full", "rotary")
+METHODS = ("qlora", "lora", "full", "rotary", "new_layers")
 QUANT_FORMATS = ("nf4", "fp4", "int8", "hqq")
 ENGINES = ("none", "ddp", "fsdp1", "fsdp2")
 OFFLOADS = ("none", "base", "all")
+ROTARY_FROZEN = ("int8", "nf4", "bf16")
 OPTIMIZER_STATE_BYTES = {
     "adamw_torch_fused": 8, "adamw_torch": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_32bit": 0,
     "paged_adamw_8bit": 0, "lion_32bit": 4, "lion_8bit": 1, "sgd": 0, "adafactor": 0,
 }  # fmt: skip
 """Bytes on the GPU per trained parameter; paged states live in unified memory. Adafactor's factors are negligible."""
 HQQ_BITS = 4
-INT8_BLOCK = 128  # weights under one float32 absmax in the rotary trainer's frozen format
+INT8_BLOCK = 128  # weights under one float32 scale, the default of the int8 config classes
+FOUR_BIT_BLOCK = 64  # of bitsandbytes 4 bit, and hqq's default group
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,14 @@ class MemorySettings:
     engine: str = "fsdp2"
     gpus: int = 1
     nodes: int = 1
+    replicas: int = 1
     offload: str = "none"
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
     quant_format: str = "nf4"
-    block_size: int = 64
+    block_size: int | None = None
     double_quant: bool = True
+    prequantized: bool = False
     lora_r: int = 16
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -48,11 +52,15 @@ class MemorySettings:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
     padded: bool = False
+    new_layers: int = 0
     active_fraction: float | None = None
+    rotary_frozen: str = "int8"
+    master_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         choices = {
             "method": METHODS, "engine": ENGINES, "offload": OFFLOADS, "quant_format": QUANT_FORMATS,
+            "rotary_frozen": ROTARY_FROZEN, "master_dtype": ("float32", "bfloat16"),
             "dtype": tuple(DTYPE_BYTES), "adapter_dtype": tuple(DTYPE_BYTES),
             "optimizer": tuple(OPTIMIZER_STATE_BYTES),
         }  # fmt: skip
@@ -61,13 +69,21 @@ class MemorySettings:
             for name, allowed in choices.items()
             if getattr(self, name) not in allowed
         ]
-        for name in ("gpus", "nodes", "lora_r", "batch_size", "seq_len", "gradient_accumulation_steps"):
+        for name in ("gpus", "nodes", "replicas", "lora_r", "batch_size", "seq_len", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} must be at least 1.")
         if self.engine == "none" and self.gpus * self.nodes > 1:
             problems.append(f"engine='none' is one GPU, got {self.gpus * self.nodes}; use fsdp2 or ddp.")
         if self.offload != "none" and not self.engine.startswith("fsdp"):
             problems.append(f"offload={self.offload!r} needs FSDP, got engine={self.engine!r}.")
+        if self.replicas > 1 and (self.engine != "fsdp2" or self.world_size % self.replicas):
+            problems.append(f"replicas={self.replicas} needs FSDP2 and a number of GPUs that it divides.")
+        if self.prequantized and (self.method != "qlora" or self.quant_format not in ("nf4", "fp4")):
+            problems.append(
+                "prequantized folders are in bitsandbytes 4 bits: method='qlora', quant_format 'nf4' or 'fp4'."
+            )
+        if (self.method == "new_layers") != (self.new_layers > 0):
+            problems.append(f"method={self.method!r} with new_layers={self.new_layers}; set both or neither.")
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -78,7 +94,19 @@ class MemorySettings:
     @property
     def shards(self) -> int:
         """Into how many parts parameters are cut."""
-        return self.world_size if self.engine.startswith("fsdp") else 1
+        return self.world_size // self.replicas if self.engine.startswith("fsdp") else 1
+
+    @property
+    def row_block(self) -> int:
+        """Quantised weights under one scale."""
+        quant_format = self.rotary_frozen if self.method == "rotary" else self.quant_format
+        default = INT8_BLOCK if quant_format == "int8" else FOUR_BIT_BLOCK
+        return default if self.method == "rotary" else self.block_size or default
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether LoRA is what is trained."""
+        return self.method in ("qlora", "lora")
 
 
 def trainable_parameters(shape: ModelShape, settings: MemorySettings) -> int:
@@ -88,6 +116,8 @@ def trainable_parameters(shape: ModelShape, settings: MemorySettings) -> int:
     if settings.method == "rotary":
         fraction = settings.active_fraction or shape.layer_numel / shape.total_numel
         return int(fraction * shape.total_numel)
+    if settings.method == "new_layers":
+        return settings.new_layers * shape.layer_numel
     counts = shape.targeted(settings.target_modules)
     lora = sum(counts.get(x.name, 0) * settings.lora_r * (x.in_features + x.out_features) for x in shape.linears)
     return lora + _saved_numel(shape, settings.modules_to_save)
@@ -95,15 +125,16 @@ def trainable_parameters(shape: ModelShape, settings: MemorySettings) -> int:
 
 def row_format(settings: MemorySettings) -> RowFormat | None:
     """How linear weights are stored; None where they keep their dtype."""
+    quant_format = settings.quant_format
     if settings.method == "rotary":
-        return int8_rows(INT8_BLOCK)
-    if settings.method != "qlora":
+        quant_format = settings.rotary_frozen
+    if settings.method in ("lora", "full") or quant_format == "bf16":
         return None
-    if settings.quant_format == "int8":
-        return int8_rows(settings.block_size)
-    if settings.quant_format == "hqq":
-        return hqq_rows(HQQ_BITS, settings.block_size, DTYPE_BYTES[settings.dtype])
-    return four_bit_rows(settings.block_size, settings.double_quant)
+    if quant_format == "int8":
+        return int8_rows(settings.row_block)
+    if quant_format == "hqq":
+        return hqq_rows(HQQ_BITS, settings.row_block, DTYPE_BYTES[settings.dtype])
+    return four_bit_rows(settings.row_block, settings.double_quant)
 
 
 def _saved_numel(shape: ModelShape, modules: Sequence[str]) -> int:

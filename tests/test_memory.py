@@ -30,6 +30,7 @@ from hf_fsdp_qlora.memory_settings import MemorySettings, trainable_parameters
 from hf_fsdp_qlora.model_shape import model_shape, shape_of
 from hf_fsdp_qlora.planning import cheapest_change, largest_batch_size, largest_seq_len
 from hf_fsdp_qlora.quantization import backend_for_config
+from hf_fsdp_qlora.quantization.bitsandbytes import dynamic_map
 from hf_fsdp_qlora.skeleton import replace_linears
 from tests.tiny_models import ARCHITECTURES, make_config
 
@@ -120,6 +121,7 @@ def replayed_peak(config, *, batch_size: int, seq_len: int, lora: LoraConfig, ch
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
     adapted.enable_input_require_grads()
     adapted.train()
+    dynamic_map(torch.device("cpu"))  # cached: fake tensors could not make it
     with FakeTensorMode(allow_non_fake_inputs=True):
         adapted.to_empty(device="cpu")
         tokens = torch.zeros(batch_size, seq_len, dtype=torch.long)
@@ -165,8 +167,8 @@ def compare(config, *, batch_size=1, seq_len=2048, targets="all-linear", rank=16
         lora_r=rank, dropout=False, checkpointing=checkpointing, padded=True, quantized=True, block_size=64,
         trains_head=False, trains_base=False,
     )  # fmt: skip
-    moments = activations(shape, step).moments
-    return max(moments[LAYER_MOMENT], moments[NORM_MOMENT]) / peak
+    moments = activations(shape, step)
+    return max(moments[LAYER_MOMENT].total_bytes, moments[NORM_MOMENT].total_bytes) / peak
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -198,7 +200,7 @@ def test_estimate_shards_and_offloads() -> None:
         assert two.gpu[kind] == pytest.approx(one.gpu[kind] / 2, rel=1e-3)
     ddp = estimate_memory(shape, gpus=2, engine="ddp", gradient_accumulation_steps=2)
     assert ddp.gpu["weights"] == one.gpu["weights"]
-    assert ddp.gpu["gradients"] == 8 * ddp.trainable_parameters
+    assert ddp.gpu["gradients"] == ddp.gpu["buckets"] == 4 * ddp.trainable_parameters
     base = estimate_memory(shape, gpus=2, offload="base")
     assert (base.gpu["weights"], base.gpu["statistics"]) == (0, 0)
     assert base.host["pinned"] >= base.host["offloaded"] == 2 * (two.gpu["weights"] + two.gpu["statistics"])
@@ -235,7 +237,7 @@ def test_formats_cost_what_their_rows_cost() -> None:
         gpu = estimate_memory(shape, engine="none", quant_format=name).gpu
         sizes[name] = (gpu["weights"] + gpu["statistics"]) / numel
     assert sizes["nf4"] == sizes["fp4"] == pytest.approx(0.5 + 264 / 16384)
-    assert sizes["int8"] == pytest.approx(1 + 4 / 64)
+    assert sizes["int8"] == pytest.approx(1 + 4 / 128)
     assert 0.5 < sizes["hqq"] < 0.6
     rotary = estimate_memory(shape, engine="none", method="rotary", active_fraction=0.1)
     assert rotary.trainable_parameters == int(0.1 * shape.total_numel)

@@ -17,6 +17,7 @@ from hf_fsdp_qlora.memory_settings import (
     OFFLOADS,
     OPTIMIZER_STATE_BYTES,
     QUANT_FORMATS,
+    ROTARY_FROZEN,
     MemorySettings,
 )
 
@@ -37,6 +38,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--engine", choices=ENGINES, help="default: none on one GPU, fsdp2 on several")
     parser.add_argument("--gpus", type=int, default=defaults.gpus, help="per node")
     parser.add_argument("--nodes", type=int, default=defaults.nodes, help="nodes")
+    parser.add_argument("--replicas", type=int, default=defaults.replicas, help="copies of the model (HSDP)")
     parser.add_argument("--offload", choices=OFFLOADS, default=defaults.offload, help="what lives in host memory")
     parser.add_argument("--seq-len", type=int, default=defaults.seq_len, help="tokens of a sequence")
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="sequences per GPU and step")
@@ -52,9 +54,14 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default=defaults.dtype, help="compute dtype")
     parser.add_argument("--adapter-dtype", choices=tuple(DTYPE_BYTES), default=defaults.adapter_dtype, help="masters")
     parser.add_argument("--quant-format", choices=QUANT_FORMATS, default=defaults.quant_format, help="of the base")
-    parser.add_argument("--block-size", type=int, default=defaults.block_size, help="weights under one scale")
+    parser.add_argument("--block-size", type=int, help="weights under one scale; default: 64, for int8 128")
     parser.add_argument("--no-double-quant", dest="double_quant", action="store_false", help="float32 absmax")
+    parser.add_argument("--prequantized", action="store_true", help="the checkpoint is in bitsandbytes 4 bits already")
+    parser.add_argument("--new-layers", type=int, default=0, help="layers that `expand` added, for new_layers")
     parser.add_argument("--active-fraction", type=float, help="of the parameters, for rotary")
+    parser.add_argument("--rotary-frozen", choices=ROTARY_FROZEN, default=defaults.rotary_frozen, help="parked format")
+    parser.add_argument("--master-dtype", choices=("float32", "bfloat16"), default=defaults.master_dtype,
+                        help="of rotary masters")  # fmt: skip
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the repository")
     parser.add_argument("--json", action="store_true", help="as JSON, for a program")
 
