@@ -27,6 +27,9 @@ _HOME = {
     "MemoryEstimate": "memory",
     "load_recipe": "config",
     "validate": "validation",
+    "RotaryConfig": "rotary.config",
+    "RotaryCallback": "rotary.callback",
+    "prepare_rotary": "rotary.prepare",
     "ConfigError": "errors",
 }
 

@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hf_fsdp_qlora.host_memory import allocate_in_slabs
 from hf_fsdp_qlora.linear import QuantizedLinear
-from hf_fsdp_qlora.sharding import is_sharded
 
 
 def materialize(
@@ -58,8 +57,8 @@ def materialize(
     keep_alive = [*model.parameters(), *model.buffers()]  # ids must not be reused while they are keys
     ties = _tied_names(model)
     model._apply(allocate)
-    if not is_sharded(model):  # FSDP2 ties shared parameters of a group again by itself
-        for (module, name), others in ties:
+    for (module, name), others in ties:
+        if not isinstance(getattr(module, name), DTensor):  # FSDP2 ties shared parameters of a group again by itself
             for other, other_name in others:
                 setattr(other, other_name, getattr(module, name))
     del keep_alive

@@ -48,7 +48,8 @@ from hf_fsdp_qlora.precision import Precision, check_precision, resolve_precisio
 from hf_fsdp_qlora.prequantized import pack_checkpoint, replace_packed_linears, runtime_config, take_stored_config
 from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
 from hf_fsdp_qlora.report import make_report
-from hf_fsdp_qlora.sharding import apply_fsdp2, make_mesh
+from hf_fsdp_qlora.rotary.config import RotaryConfig, check_alone
+from hf_fsdp_qlora.sharding import apply_fsdp2, apply_fsdp2_to_rows, make_mesh
 from hf_fsdp_qlora.skeleton import build_skeleton, decoder_layers, replace_linears
 from hf_fsdp_qlora.trainer_compat import attach
 from hf_fsdp_qlora.weights import PlannedWeight, fill, match_checkpoint
@@ -64,6 +65,7 @@ def load_model(
     *,
     quantization_config: Any = None,
     peft_config: PeftConfig | None = None,
+    rotary: RotaryConfig | None = None,
     dtype: torch.dtype | str | None = None,
     precision: str | None = None,
     fsdp: str = "auto",
@@ -93,6 +95,7 @@ def load_model(
             `bnb_4bit_compute_dtype` at its default (float32) means `dtype`, `bnb_4bit_quant_storage` at its default
             (uint8) means "choose".
         peft_config: PEFT's `LoraConfig`; None adds no adapter.
+        rotary: load for `prepare_rotary`: quantised in the config's `frozen_format`, and all else on every rank.
         dtype: what weights are cast to before they are quantised, what they dequantise to, and the compute dtype
             under FSDP. A torch dtype or its name; bfloat16 unless `precision` says otherwise.
         precision: a preset (precision.py) that sets this and every other dtype together; None goes by the dtypes.
@@ -131,6 +134,9 @@ def load_model(
     with same_outcome("preparing the model"):
         placement = resolve_offload(offload)
         check_offload(placement, engine, device, pin_memory=offload_pin_memory)
+        if rotary is not None:
+            check_alone(peft_config, adapter_name_or_path)
+            quantization_config = quantization_config or rotary.frozen_format
         check_precision(numbers, quantization_config, mixed_precision=mixed_precision(), engine=engine)
         model = build_skeleton(
             name, dtype=numbers.dtype, trust_remote_code=trust_remote_code, hub_kwargs=hub_kwargs,
@@ -167,8 +173,9 @@ def load_model(
         logger.warning("The model has no use for %d tensors of the checkpoint: %s", len(unused), ", ".join(unused))
 
     _shard_and_allocate(
-        root, layers, engine=engine, numbers=numbers, offload=placement, pin_memory=offload_pin_memory, device=device
-    )
+        root, layers, engine=engine, numbers=numbers, offload=placement, pin_memory=offload_pin_memory, device=device,
+        rows_only=rotary is not None,
+    )  # fmt: skip
     with torch.no_grad():
         read_bytes = fill(weights, device=device)
         _fill_adapter(root, saved, seed)
@@ -176,7 +183,8 @@ def load_model(
     _check_nothing_on_meta(root, holds_parameters=engine != "fsdp1" or rank() == 0)
     check_integrity(root, max_groups=CHECKED_GROUPS)
     check_replicas(root)
-    attach(root, engine=engine, precision=numbers, offload=placement)  # type: ignore[arg-type]
+    stored = None if isinstance(root, PeftModel) else matched
+    attach(root, engine=engine, precision=numbers, offload=placement, stored=stored)  # type: ignore[arg-type]
     seconds = time.perf_counter() - started
     report = make_report(root, unquantized=kept, read_bytes=read_bytes, seconds=seconds)
     root.load_report = report  # type: ignore[assignment]  # nn.Module is typed as holding tensors and modules only
@@ -227,10 +235,13 @@ def _shard_and_allocate(
     offload: Offload,
     pin_memory: bool,
     device: torch.device,
+    rows_only: bool,
 ) -> None:
     """Give every parameter storage, after sharding; under FSDP1 on rank 0 alone, which later fills the others."""
-    if engine == "fsdp2":
-        mesh = make_mesh(device.type, resolve_replicas())
+    mesh = make_mesh(device.type, resolve_replicas()) if engine == "fsdp2" else None
+    if mesh is not None and rows_only:
+        apply_fsdp2_to_rows(root, layers, mesh=mesh, reshard_after_forward=reshard_after_forward())
+    elif mesh is not None:
         apply_fsdp2(
             root, layers, mesh=mesh, dtype=numbers.dtype, reduce_dtype=numbers.reduce_dtype, offload=offload,
             pin_memory=pin_memory, reshard_after_forward=reshard_after_forward(),

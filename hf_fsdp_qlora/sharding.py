@@ -101,6 +101,29 @@ def apply_fsdp2(
     fully_shard(model, **common)
 
 
+def apply_fsdp2_to_rows(
+    model: nn.Module, layers: Sequence[nn.Module], *, mesh: DeviceMesh, reshard_after_forward: bool = True
+) -> None:
+    """Shard quantised rows and nothing else, for a trainer that replicates all other parameters and reduces their
+    gradients itself. Arguments as in `apply_fsdp2`; rows have no dtype to compute in and are never offloaded.
+    """
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    rows = {id(parameter) for layer in quantized for parameter in (layer.weight, layer.weight_stats)}
+    others = {parameter for parameter in model.parameters() if id(parameter) not in rows}
+    for layer in layers:
+        group: list[nn.Module] = [module for module in layer.modules() if isinstance(module, QuantizedLinear)]
+        if group:
+            fully_shard(group, mesh=mesh, reshard_after_forward=reshard_after_forward, ignored_params=others)
+    fully_shard(model, mesh=mesh, ignored_params=others)
+
+
+def shard_again(model: nn.Module) -> None:
+    """Free whatever FSDP2 has gathered, so that the shards are all there is and can be rewritten."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def make_mesh(device_type: str, replicas: int) -> DeviceMesh:
     """The ranks as FSDP2 sees them: one dimension that shards, or one that replicates and one that shards (HSDP).
 

@@ -135,6 +135,19 @@ def parse_active(active: int | str) -> ActiveLimit:
     )
 
 
+def check_alone(peft_config: Any, adapter_name_or_path: Any) -> None:
+    """Refuse an adapter beside rotary training.
+
+    Raises:
+        ConfigError: one of the two is set.
+    """
+    if peft_config is not None or adapter_name_or_path is not None:
+        raise ConfigError(
+            "Rotary training trains the weights themselves, and an adapter over them would be trained against weights "
+            "that change. Leave out rotary, or peft_config and adapter_name_or_path (use_peft: false)."
+        )
+
+
 def _active_problem(config: RotaryConfig) -> str | None:
     try:
         parse_active(config.active)

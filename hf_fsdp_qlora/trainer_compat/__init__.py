@@ -15,15 +15,28 @@ derive from `transformers.Trainer`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedModel
 
+from hf_fsdp_qlora.checkpoint import StoredTensor
 from hf_fsdp_qlora.engine import Engine, Offload
 from hf_fsdp_qlora.precision import Precision, resolve_precision
+from hf_fsdp_qlora.trainer_compat.full_training import FullTraining, full_training, set_full_training
 from hf_fsdp_qlora.trainer_compat.logs import LogSource
 from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment, prepare_model
 from hf_fsdp_qlora.trainer_compat.patches import install
 
-__all__ = ["Attachment", "LogSource", "attach", "attachment", "install"]
+__all__ = [
+    "Attachment",
+    "FullTraining",
+    "LogSource",
+    "attach",
+    "attachment",
+    "full_training",
+    "install",
+    "set_full_training",
+]
 
 
 def attach(
@@ -32,6 +45,7 @@ def attach(
     engine: Engine,
     precision: Precision | None = None,
     offload: Offload = "none",
+    stored: Mapping[str, StoredTensor] | None = None,
 ) -> None:
     """Make `model` work with stock trainers. The last step of loading, after sharding and initialisation.
 
@@ -40,6 +54,7 @@ def attach(
         engine: "none" (one process), "ddp" (the Trainer will wrap it), "fsdp1" (likewise) or "fsdp2" (sharded).
         precision: the dtypes it was loaded for; None for the default.
         offload: what lives in host memory.
+        stored: where its weights are in the checkpoint; None with an adapter, whose base is never written.
     """
     install()
-    prepare_model(model, Attachment(engine, precision or resolve_precision(None), offload))
+    prepare_model(model, Attachment(engine, precision or resolve_precision(None), offload, stored))

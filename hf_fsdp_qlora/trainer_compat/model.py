@@ -7,6 +7,7 @@ classes that `fully_shard` generates.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from hf_fsdp_qlora.checkpoint import StoredTensor
 from hf_fsdp_qlora.distributed import rank
 from hf_fsdp_qlora.engine import Engine, Offload
 from hf_fsdp_qlora.errors import ConfigError
@@ -35,11 +37,13 @@ class Attachment:
         engine: see `attach`.
         precision: the dtypes of the run.
         offload: what lives in host memory.
+        stored: where its weights are in the checkpoint, by the model's names.
     """
 
     engine: Engine
     precision: Precision = resolve_precision(None)
     offload: Offload = "none"
+    stored: Mapping[str, StoredTensor] | None = None
 
 
 def attachment(model: Any) -> Attachment | None:

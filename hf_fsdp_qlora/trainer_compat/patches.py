@@ -26,6 +26,7 @@ from hf_fsdp_qlora.export import restore_adapter
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.precision import check_mixed_precision
 from hf_fsdp_qlora.trainer_compat.checkpoints import has_optimizer, restore_optimizer
+from hf_fsdp_qlora.trainer_compat.full_training import WHOLE_MODEL_PATCHES
 from hf_fsdp_qlora.trainer_compat.logs import with_log_sources
 from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment
 from hf_fsdp_qlora.trainer_compat.optimizers import check_optimizer
@@ -55,6 +56,7 @@ def install() -> None:
         (Trainer, "_load_best_model", _patched_load_best_model),
         (Trainer, "_load_optimizer_and_scheduler", _patched_load_optimizer),
         (Trainer, "log", with_log_sources),
+        *WHOLE_MODEL_PATCHES,
     ):
         setattr(owner, name, patched(getattr(owner, name)))
 

@@ -1,0 +1,128 @@
+"""Optimizer states of parameters that are parked, on the host, in 32 or 8 bit.
+
+A state is what the inner optimizer keeps for a flat slice: vectors as long as the slice (Adam's moments), for 8-bit
+optimizers their codes and a vector of block scales, and what all pieces of a slice share (step counters, code books).
+The optimizer may cut a slice in pieces; a state here is always the whole slice's.
+
+In 8 bit, a float32 vector is stored in bitsandbytes' blockwise dynamic type, one without negative values as its square
+root, so that Adam's second moments keep the range of the first. What rounds to zero there becomes the smallest other
+value: dividing by the root of a lost second moment would be a step of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fsdp_qlora.quantization import DynamicInt8Config, backend_for_config
+
+OPTIMIZER_BLOCK = 256
+"""Weights under one scale in bitsandbytes' 8-bit optimizers."""
+_CODES, _SCALES, _ROOT = "/codes", "/scales", "/root"
+
+
+class Moments:
+    """Host store of optimizer states by parameter name.
+
+    Args:
+        bits: 32 keeps vectors as they are, 8 compresses those in float32.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.kept: dict[str, dict[str, Any]] = {}
+
+    def put(self, name: str, state: dict[str, Any]) -> None:
+        """Copy a state to the host, compressed if asked for."""
+        if state:
+            self.kept[name] = _compress(state) if self.bits == 8 else {k: _to(v, "cpu") for k, v in state.items()}
+
+    def take(self, name: str, device: torch.device) -> dict[str, Any]:
+        """Remove a state from the store and bring it to the device; empty if there is none."""
+        return {key: _to(value, device) for key, value in expand_state(self.kept.pop(name, {})).items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory of all states."""
+        return sum(v.nbytes for state in self.kept.values() for v in state.values() if isinstance(v, Tensor))
+
+
+def merge_states(states: Sequence[dict[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:
+    """The state of a slice from those of its pieces, in order.
+
+    Args:
+        sizes: elements of each piece.
+    """
+    if len(states) <= 1 or not all(states):
+        return dict(states[0]) if states else {}
+    return {
+        key: torch.cat([state[key] for state in states]) if _is_cut(key, states[0][key], sizes[0]) else states[0][key]
+        for key in states[0]
+    }
+
+
+def split_state(state: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The reverse of `merge_states`; every piece gets its own copy of what pieces share."""
+    if len(sizes) <= 1 or not state:
+        return [dict(state) for _ in sizes]
+    total = sum(sizes)
+    pieces: list[dict[str, Any]] = [{} for _ in sizes]
+    for key, value in state.items():
+        if not _is_cut(key, value, total):
+            parts: Sequence[Any] = [value.clone() if isinstance(value, Tensor) else value for _ in sizes]
+        elif value.numel() == total:
+            parts = value.split(list(sizes))
+        else:
+            parts = value.split([-(-size // OPTIMIZER_BLOCK) for size in sizes])
+        for piece, part in zip(pieces, parts, strict=True):
+            piece[key] = part
+    return pieces
+
+
+def expand_state(small: dict[str, Any]) -> dict[str, Any]:
+    """A state as the optimizer made it, from one that may have been compressed."""
+    backend = backend_for_config(DynamicInt8Config(), torch.float32)
+    state: dict[str, Any] = {}
+    for key, value in small.items():
+        if key.endswith((_CODES, _SCALES)):
+            continue
+        if not key.endswith(_ROOT):
+            state[key] = value
+            continue
+        name = key.removesuffix(_ROOT)
+        numel, is_square = value
+        vector = backend.dequantize(small[name + _CODES], small[name + _SCALES], (1, numel)).view(-1)
+        if is_square:
+            positive = vector[vector > 0]
+            floor = positive.min() if positive.numel() else vector.new_zeros(())
+            vector = torch.where(vector > 0, vector, floor).square()
+        state[name] = vector
+    return state
+
+
+def _is_cut(key: str, value: Any, numel: int) -> bool:
+    """Whether a value has an element per weight or per block of weights. (Code books are as long as a block.)"""
+    if not isinstance(value, Tensor) or value.dim() != 1 or key.startswith("qmap"):
+        return False
+    return value.numel() in (numel, -(-numel // OPTIMIZER_BLOCK))
+
+
+def _compress(state: dict[str, Any]) -> dict[str, Any]:
+    backend = backend_for_config(DynamicInt8Config(), torch.float32)
+    small: dict[str, Any] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() != 1:
+            small[key] = _to(value, "cpu")
+            continue
+        is_square = bool((value >= 0).all())
+        codes, scales = backend.quantize(value.sqrt() if is_square else value, value.numel(), lambda rows: rows)
+        small[key + _CODES], small[key + _SCALES] = codes.cpu(), scales.cpu()
+        small[key + _ROOT] = (value.numel(), is_square)
+    return small
+
+
+def _to(value: Any, device: torch.device | str) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
