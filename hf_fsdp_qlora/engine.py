@@ -58,8 +58,7 @@ def check_offload(offload: Offload, engine: Engine, device: torch.device, *, pin
     """Refuse to offload where it cannot work.
 
     Raises:
-        ConfigError: the engine has no offload, or gradients on the host could not be reduced, or it pins memory
-            whether asked to or not.
+        ConfigError: the engine has no offload, or it pins memory whether asked to or not.
     """
     if offload != "none" and engine == "fsdp1" and not pin_memory:
         raise ConfigError(
@@ -76,6 +75,14 @@ def check_offload(offload: Offload, engine: Engine, device: torch.device, *, pin
             f"offload={offload!r} with FSDP1 needs an accelerator: torch pins the shards' memory. On the CPU "
             "everything is in host memory already; leave it out."
         )
+
+
+def check_offload_backend(offload: Offload, engine: Engine, device: torch.device) -> None:
+    """Refuse to offload everything where the process group cannot reduce gradients on the host.
+
+    Raises:
+        ConfigError: there is no backend for tensors on the CPU.
+    """
     if engine == "fsdp2" and offload == "all" and device.type == "cuda" and "cpu:" not in dist.get_backend_config():
         raise ConfigError(
             "offload='all' puts gradients on the host, and the process group cannot reduce them there. Set "
@@ -99,7 +106,7 @@ def resolve_offload(offload: str | None) -> Offload:
 def resolve_replicas() -> int:
     """Copies of the model that the ranks hold together under FSDP2: accelerate's `dp_replicate_size`, 1 by default.
 
-    That the sizes fit the number of ranks is a rule of validation_rules.py (`replicas_fit_the_processes`).
+    That the sizes fit the number of ranks is a rule of validation_launch_rules.py (`replicas_fit_the_processes`).
     """
     return ParallelismConfig().dp_replicate_size if _flag("ACCELERATE_USE_PARALLELISM_CONFIG") else 1
 
@@ -118,6 +125,9 @@ def launched_config(engine: Engine, device: torch.device) -> dict[str, Any]:
                 for name in ("fsdp", "parallelism_config")}  # fmt: skip
     if engine in ("fsdp1", "fsdp2"):
         sections["fsdp"]["fsdp_version"] = engine[-1]
+    # The one variable that accelerate names otherwise than the key it comes from (utils/launch.py).
+    if "fsdp_transformer_cls_to_wrap" in sections["fsdp"]:
+        sections["fsdp"]["fsdp_transformer_layer_cls_to_wrap"] = sections["fsdp"].pop("fsdp_transformer_cls_to_wrap")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     return {
         "distributed_type": launched, "mixed_precision": mixed_precision(), "use_cpu": device.type == "cpu",

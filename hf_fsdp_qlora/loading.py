@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,8 +32,6 @@ from hf_fsdp_qlora.dora import initialize_magnitudes
 from hf_fsdp_qlora.engine import (
     Engine,
     Offload,
-    check_offload,
-    mixed_precision,
     reshard_after_forward,
     resolve_device,
     resolve_engine,
@@ -42,9 +41,10 @@ from hf_fsdp_qlora.engine import (
 )
 from hf_fsdp_qlora.fsdp1 import check_fsdp1, share_rows
 from hf_fsdp_qlora.integrity import check_integrity, check_replicas
+from hf_fsdp_qlora.load_checks import check_settings, check_wrapped_classes
 from hf_fsdp_qlora.lora import ADAPTER_NAME, add_adapter, initialize_adapters, load_adapter_weights
 from hf_fsdp_qlora.lora_config import check_peft_config, read_adapter_config
-from hf_fsdp_qlora.precision import Precision, check_precision, resolve_precision
+from hf_fsdp_qlora.precision import Precision, resolve_precision
 from hf_fsdp_qlora.prequantized import pack_checkpoint, replace_packed_linears, runtime_config, take_stored_config
 from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
 from hf_fsdp_qlora.report import make_report
@@ -133,19 +133,23 @@ def load_model(
 
     with same_outcome("preparing the model"):
         placement = resolve_offload(offload)
-        check_offload(placement, engine, device, pin_memory=offload_pin_memory)
         if rotary is not None:
             check_alone(peft_config, adapter_name_or_path)
             quantization_config = quantization_config or rotary.frozen_format
-        check_precision(numbers, quantization_config, mixed_precision=mixed_precision(), engine=engine)
+        check = partial(
+            check_settings, engine=engine, device=device, numbers=numbers, offload=placement,
+            offload_pin_memory=offload_pin_memory, peft_config=peft_config, model_kwargs=model_kwargs,
+        )  # fmt: skip
+        check(quantization_config)
         model = build_skeleton(
             name, dtype=numbers.dtype, trust_remote_code=trust_remote_code, hub_kwargs=hub_kwargs,
             model_kwargs=model_kwargs,
         )  # fmt: skip
+        check_wrapped_classes(model, name, engine=engine, device=device)
         stored_config = take_stored_config(model.config)
         if stored_config is not None:
             quantization_config = runtime_config(stored_config, quantization_config)
-            check_precision(numbers, quantization_config, mixed_precision=mixed_precision(), engine=engine)
+            check(quantization_config)
         storage_dtype = resolve_storage_dtype(quantization_config, engine, numbers.dtype)
         wanted = model.state_dict(keep_vars=True)
         layers = decoder_layers(model)

@@ -45,6 +45,18 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     return recipe
 
 
+def check_run(recipe: Recipe) -> None:
+    """Apply every rule of `hf-fsdp-qlora validate` to the recipe and what the launcher put into the environment.
+
+    Raises:
+        ConfigError: all problems in one message, each with field, value, reason and fix.
+    """
+    from hf_fsdp_qlora.engine import launched_config, resolve_device, resolve_engine
+    from hf_fsdp_qlora.validation import validate
+
+    validate(launched_config(resolve_engine(recipe.qlora_args.fsdp_engine), resolve_device()), recipe)
+
+
 def configure_logging() -> None:
     """Our decisions on rank 0, warnings on every rank."""
     from hf_fsdp_qlora.distributed import local_rank

@@ -12,10 +12,10 @@ refuse by themselves with a clear message before anything is loaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -23,17 +23,21 @@ from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.model_shape import ModelShape, shape_of
 from hf_fsdp_qlora.resources import find_accelerate_config
 
+if TYPE_CHECKING:
+    from hf_fsdp_qlora.engine import Engine
+
 DEFAULTS: dict[str, Any] = {
     "adapter_name_or_path": None, "adapter_dtype": "float32", "assistant_only_loss": False,
     "attn_implementation": None, "bf16": None, "bnb_4bit_blocksize": 64, "bnb_4bit_quant_storage": None,
     "completion_only_loss": None, "dataset_format": None,
     "dtype": "float32", "fp16": False, "fsdp": None,
-    "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "load_best_model_at_end": False,
+    "gradient_accumulation_steps": 1, "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": None, "load_best_model_at_end": False,
     "load_in_4bit": False, "load_in_8bit": False, "lora_dropout": 0.05, "lora_modules_to_save": None, "lora_r": 16,
     "lora_target_modules": None, "lora_target_parameters": None, "max_length": 1024, "model_init_kwargs": None,
-    "model_name_or_path": None, "offload": None, "optim": "adamw_torch_fused", "packing": False,
-    "packing_strategy": "bfd", "per_device_train_batch_size": 8, "save_only_model": False,
-    "trust_remote_code": False, "use_bnb_nested_quant": False, "use_peft": False,
+    "model_name_or_path": None, "offload": None, "offload_pin_memory": True, "optim": "adamw_torch_fused",
+    "packing": False, "packing_strategy": "bfd", "per_device_train_batch_size": 8, "save_on_each_node": False,
+    "save_only_model": False, "trust_remote_code": False, "use_bnb_nested_quant": False, "use_peft": False,
 }  # fmt: skip
 """Upstream's defaults of the keys that the rules read, so that checking needs no torch. A test compares them."""
 
@@ -54,11 +58,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the rules know of a model: its sizes, the classes of its modules, and its dtype ("bfloat16")."""
+    """What the rules know of a model: its name, the classes of its modules, its dtype ("bfloat16"), and its sizes
+    (None where a rule that needs them is not applied)."""
 
-    shape: ModelShape
+    name: str
     classes: frozenset[str]
     dtype: str | None
+    shape: ModelShape | None
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,13 @@ class Run:
         return int(self.fsdp("fsdp_version") or 1)
 
     @property
+    def engine(self) -> Engine:
+        """What `load_model` calls it."""
+        if self.fsdp_version is not None:
+            return "fsdp1" if self.fsdp_version == 1 else "fsdp2"
+        return "ddp" if self.num_processes > 1 else "none"
+
+    @property
     def num_processes(self) -> int:
         return int(self.accelerate.get("num_processes") or 1)
 
@@ -122,6 +135,10 @@ class Run:
         if wanted not in (None, "auto"):
             return str(wanted)
         return self.model.dtype if self.model else None
+
+
+Rule = Callable[[Run], Problem | None]
+"""One rule: what is wrong with a run, or None."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +166,21 @@ def validate(
         ConfigError: all problems in one message, each with field, value, reason and fix.
     """
     findings = find_problems(accelerate_config, recipe, gpu_memory_bytes=gpu_memory_bytes)
-    if findings.problems:
-        listed = "\n".join(f"- {problem}" for problem in findings.problems)
-        raise ConfigError(f"The accelerate config and the recipe cannot work together:\n{listed}")
+    raise_for(findings.problems)
     return findings.not_checked
+
+
+def raise_for(problems: Sequence[Problem]) -> None:
+    """Raise one ConfigError that lists the problems, if there are any."""
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise ConfigError(f"These settings cannot work together:\n{listed}")
+
+
+def apply_rules(rules: Sequence[Rule], run: Run) -> list[Problem]:
+    """What the rules find, each problem with the name of its rule."""
+    found = [(rule.__name__, rule(run)) for rule in rules]
+    return [replace(problem, rule=name) for name, problem in found if problem is not None]
 
 
 def find_problems(
@@ -178,8 +206,7 @@ def find_problems(
     facts, reason = _model_facts(run)
     run = Run(run.accelerate, run.recipe, facts, gpu_memory_bytes)
     rules = RULES if facts is None else (*RULES, *MODEL_RULES)
-    found = [(rule.__name__, rule(run)) for rule in rules]
-    problems = [replace(problem, rule=name) for name, problem in found if problem is not None]
+    problems = apply_rules(rules, run)
     if facts is None:
         names = ", ".join(rule.__name__.replace("_", " ") for rule in (*MODEL_RULES, memory_fits))
         return Findings(problems, [f"{names}: {reason}"])
@@ -245,4 +272,4 @@ def _model_facts(run: Run) -> tuple[ModelFacts | None, str]:
         return None, str(error)
     classes = frozenset(type(module).__name__ for module in skeleton.modules())
     dtype = None if config.dtype is None else str(config.dtype).removeprefix("torch.")
-    return ModelFacts(shape, classes, dtype), ""
+    return ModelFacts(str(name), classes, dtype, shape), ""

@@ -7,9 +7,9 @@ from typing import Any
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.memory import estimate_memory
 from hf_fsdp_qlora.memory_settings import GIB, OPTIMIZER_STATE_BYTES, MemorySettings
+from hf_fsdp_qlora.model_shape import ModelShape
 from hf_fsdp_qlora.planning import cheapest_change
-from hf_fsdp_qlora.validation import Problem, Run
-from hf_fsdp_qlora.validation_rules import Rule
+from hf_fsdp_qlora.validation import Problem, Rule, Run
 
 
 def wrapped_classes_exist(run: Run) -> Problem | None:
@@ -26,14 +26,13 @@ def wrapped_classes_exist(run: Run) -> Problem | None:
     layers = ", ".join(sorted(name for name in run.model.classes if name.endswith(("DecoderLayer", "Layer"))))
     return Problem(
         "fsdp_config.fsdp_transformer_layer_cls_to_wrap", value,
-        f"{', '.join(unknown)} is no class of {run.model.shape.name}; accelerate raises after the model is loaded.",
+        f"{', '.join(unknown)} is no class of {run.model.name}; accelerate raises after the model is loaded.",
         f"Set fsdp_auto_wrap_policy: NO_WRAP (load_model has wrapped the layers), or name {layers}.",
     )  # fmt: skip
 
 
 def targets_match(run: Run) -> Problem | None:
     """PEFT raises if nothing matches, and is silent about names that match nothing beside others that do."""
-    assert run.model is not None
     targets = run.get("lora_target_modules")
     if not run.get("use_peft") or targets is None:
         return None
@@ -43,23 +42,22 @@ def targets_match(run: Run) -> Problem | None:
     unmatched = [name for name in names if not _matches(run, name if isinstance(targets, str) else [name])]
     if not unmatched:
         return None
-    leaves = ", ".join(sorted({linear.leaf for linear in run.model.shape.linears}))
+    leaves = ", ".join(sorted({linear.leaf for linear in _shape(run).linears}))
     return Problem(
         "lora_target_modules", targets,
-        f"{', '.join(unmatched)} matches no linear layer of {run.model.shape.name}.",
+        f"{', '.join(unmatched)} matches no linear layer of {_shape(run).name}.",
         f"It has {leaves}; all-linear means all of them.",
     )  # fmt: skip
 
 
 def sequences_fit_the_model(run: Run) -> Problem | None:
     """Positions beyond max_position_embeddings were never trained, and fixed position tables end there."""
-    assert run.model is not None
-    limit, length = run.model.shape.max_positions, run.get("max_length")
+    limit, length = _shape(run).max_positions, run.get("max_length")
     if not limit or length is None or length <= limit:
         return None
     return Problem(
         "max_length", length,
-        f"{run.model.shape.name} has positions for {limit} tokens (max_position_embeddings).",
+        f"{_shape(run).name} has positions for {limit} tokens (max_position_embeddings).",
         f"Set max_length: {limit} or less, or scale the rotary embedding in the model's config.",
     )  # fmt: skip
 
@@ -73,10 +71,10 @@ def memory_fits(run: Run) -> Problem | None:
     if run.model is None or run.gpu_memory_bytes is None:
         return None
     settings = memory_settings(run)
-    estimate = estimate_memory(run.model.shape, settings) if settings is not None else None
+    estimate = estimate_memory(_shape(run), settings) if settings is not None else None
     if settings is None or estimate is None or estimate.fits(run.gpu_memory_bytes):
         return None
-    change = cheapest_change(run.model.shape, settings, run.gpu_memory_bytes)
+    change = cheapest_change(_shape(run), settings, run.gpu_memory_bytes)
     return Problem(
         "per_device_train_batch_size", run.get("per_device_train_batch_size"),
         f"A GPU would need {estimate.needed_bytes / GIB:.1f} GiB ({estimate.peak_bytes / GIB:.1f} allocated at the "
@@ -103,7 +101,7 @@ def memory_settings(run: Run) -> MemorySettings | None:
         lora_dropout=float(run.get("lora_dropout")), optimizer=optimizer, batch_size=batch_size,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         modules_to_save=tuple(run.get("lora_modules_to_save") or ()),
-        seq_len=int(run.get("max_length") or (run.model.shape.max_positions if run.model else 0) or 1024),
+        seq_len=int(run.get("max_length") or _shape(run).max_positions or 1024),
         gradient_accumulation_steps=int(run.get("gradient_accumulation_steps")),
         gradient_checkpointing=bool(run.get("gradient_checkpointing")),
         padded=batch_size > 1 and not run.get("packing"),
@@ -113,10 +111,14 @@ def memory_settings(run: Run) -> MemorySettings | None:
     return MemorySettings(**values)
 
 
+def _shape(run: Run) -> ModelShape:
+    assert run.model is not None and run.model.shape is not None
+    return run.model.shape
+
+
 def _matches(run: Run, targets: Any) -> bool:
-    assert run.model is not None
     try:
-        return bool(run.model.shape.targeted(targets))
+        return bool(_shape(run).targeted(targets))
     except ConfigError:
         return False
 

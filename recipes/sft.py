@@ -20,6 +20,7 @@ from hf_fsdp_qlora.data import load_datasets, load_tokenizer
 from hf_fsdp_qlora.distributed import same_outcome
 from hf_fsdp_qlora.train import (
     adapter_config,
+    check_run,
     configure_logging,
     numbers,
     optimizer_choice,
@@ -37,6 +38,7 @@ def main(recipe: Recipe) -> int:
 
     # What can be wrong on one rank alone comes first, and is compared between ranks before any of them goes on.
     with same_outcome("reading the tokenizer, the data and the configs"):
+        check_run(recipe)
         tokenizer = load_tokenizer(recipe)
         train_dataset, eval_dataset = load_datasets(recipe, tokenizer)
         checkpoint = resume_point(args)

@@ -348,6 +348,32 @@ def test_bf16_storage_under_fsdp2_is_refused_with_the_reason(llama: Path) -> Non
         assert "Leave bnb_4bit_quant_storage at its default" in message
 
 
+def refuse_everything_at_once(path: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_model(path, quantization_config=nf4(bnb_4bit_quant_storage="bfloat16"), device_map="auto")
+    return str(caught.value)
+
+
+def test_the_rules_of_validate_run_inside_load_model_and_report_together(llama: Path) -> None:
+    sizes = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+    env = {**FSDP2, **sizes, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "FSDP_STATE_DICT_TYPE": "LOCAL_STATE_DICT"}
+    for message in run_distributed(refuse_everything_at_once, str(llama), env=env):
+        for part in ("bnb_4bit_quant_storage", "device_map", "2 replicas of 2 ranks are not 2", "LOCAL_STATE_DICT"):
+            assert part in message
+        assert message.count("why:") == message.count("fix:") == 4
+
+
+def refuse_class(path: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_model(path, quantization_config=nf4())
+    return str(caught.value)
+
+
+def test_wrap_policy_that_names_no_class_is_refused_before_reading(llama: Path) -> None:
+    env = {**FSDP2, "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "GPT2Block"}
+    assert all("GPT2Block is no class" in message for message in run_distributed(refuse_class, str(llama), env=env))
+
+
 def test_hub_id_is_read_from_the_cache_at_its_revision(llama: Path, tmp_path: Path) -> None:
     commit = "0123456789" * 4
     repo = tmp_path / "models--someone--tiny"

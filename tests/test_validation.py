@@ -24,6 +24,7 @@ FSDP2: dict[str, Any] = dict(
                      fsdp_reshard_after_forward=True, fsdp_activation_checkpointing=False),
 )  # fmt: skip
 RECIPE: dict[str, Any] = dict(use_peft=True, load_in_4bit=True, dtype="bfloat16", bf16=True, max_length=512)
+DDP: dict[str, Any] = dict(distributed_type="MULTI_GPU", num_processes=2)
 SINGLE: dict[str, Any] = dict(distributed_type="NO", num_processes=1)
 
 
@@ -39,6 +40,12 @@ def fsdp1(**fsdp_config: Any) -> dict[str, Any]:
 
 def wrapping(name: str) -> dict[str, Any]:
     return fsdp2(fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", fsdp_transformer_layer_cls_to_wrap=name)
+
+
+def hsdp(replicas: int, shards: int, *, tp: int = 1, num_processes: int = 4, num_machines: int = 1) -> dict[str, Any]:
+    names = dict(dp_replicate=replicas, dp_shard=shards, tp=tp)
+    sizes = {f"parallelism_config_{name}_size": size for name, size in names.items()}
+    return {**FSDP2, "num_processes": num_processes, "num_machines": num_machines, "parallelism_config": sizes}
 
 
 def recipe(**values: Any) -> dict[str, Any]:
@@ -83,6 +90,27 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [(fsdp2(fsdp_state_dict_type="LOCAL_STATE_DICT"), RECIPE)],
         [(fsdp2(fsdp_state_dict_type="SHARDED_STATE_DICT"), RECIPE)],
     ),
+    "fsdp1_state_dict_is_full": (
+        [(fsdp1(fsdp_state_dict_type="SHARDED_STATE_DICT"), RECIPE)],
+        [(fsdp1(), RECIPE), (fsdp2(fsdp_state_dict_type="SHARDED_STATE_DICT"), RECIPE)],
+    ),
+    "replicas_fit_the_processes": (
+        [(hsdp(2, 2, num_processes=8), RECIPE), (hsdp(4, 1), RECIPE), (hsdp(1, 4, tp=2), RECIPE),
+         (hsdp(2, 6, num_processes=12, num_machines=3), RECIPE), ({**hsdp(2, 2), **fsdp1()}, RECIPE),
+         ({**FSDP2, "parallelism_config": {"dp_replicate_size": 2}}, RECIPE)],
+        [(hsdp(2, 2, num_machines=2), RECIPE), (hsdp(2, 4, num_processes=8, num_machines=4), RECIPE),
+         ({**FSDP2, "parallelism_config": {}}, RECIPE)],
+    ),
+    "checkpointing_suits_ddp": (
+        [(DDP, recipe(gradient_checkpointing_kwargs={"use_reentrant": True}))],
+        [(DDP, recipe(gradient_checkpointing_kwargs={"use_reentrant": False})),
+         (FSDP2, recipe(gradient_checkpointing_kwargs={"use_reentrant": True})),
+         (DDP, recipe(gradient_checkpointing=False, gradient_checkpointing_kwargs={"use_reentrant": True}))],
+    ),
+    "adapter_is_saved_once": (
+        [({**FSDP2, "num_machines": 2}, recipe(save_on_each_node=True))],
+        [(FSDP2, recipe(save_on_each_node=True)), ({**FSDP2, "num_machines": 2}, RECIPE)],
+    ),
     "checkpointing_happens_once": (
         [(fsdp2(fsdp_activation_checkpointing=True), RECIPE),
          (fsdp2(fsdp_activation_checkpointing=True), recipe(gradient_checkpointing=False))],
@@ -124,7 +152,7 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [(FSDP2, recipe(use_dora=True))],
     ),
     "offload_has_fsdp": (
-        [(SINGLE, recipe(offload="base"))],
+        [(SINGLE, recipe(offload="base")), ({**fsdp1(), "use_cpu": True}, recipe(offload="all"))],
         [(FSDP2, recipe(offload="base")), (fsdp2(fsdp_offload_params=True), RECIPE)],
     ),
     "wrapped_classes_exist": (

@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from hf_fsdp_qlora.distributed import local_rank, rank, same_outcome, world_size
-from hf_fsdp_qlora.engine import resolve_replicas
+from hf_fsdp_qlora.engine import launched_config, resolve_replicas
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.export import restore_adapter
 from hf_fsdp_qlora.linear import QuantizedLinear
@@ -39,6 +39,8 @@ from hf_fsdp_qlora.trainer_compat.wrapping import (
 
 
 @functools.cache
+from hf_fsdp_qlora.validation import Run, apply_rules, raise_for
+from hf_fsdp_qlora.validation_rules import TRAINER_RULES
 def install() -> None:
     """Put the replacements in place. Safe to call again."""
     for owner, name, patched in (
@@ -91,6 +93,9 @@ def _check_settings(trainer: Trainer, attached: Attachment) -> None:
             'Leave load_model\'s fsdp at "auto", or launch with a config of that kind.'
         )
     seen = trainer.accelerator.num_processes
+    names = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "save_on_each_node")
+    launched = launched_config(attached.engine, trainer.accelerator.device)
+    raise_for(apply_rules(TRAINER_RULES, Run(launched, {name: getattr(trainer.args, name) for name in names})))
     if attached.engine not in ("fsdp1", "fsdp2") and world_size() > seen:
         raise ConfigError(
             f"{world_size()} processes were launched, but accelerate sees {seen}: each would train alone. On CPU set "
