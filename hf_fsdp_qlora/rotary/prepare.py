@@ -25,6 +25,7 @@ host already, as masters).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from hf_fsdp_qlora.quantization import backend_for_config
 from hf_fsdp_qlora.rotary.active import ActiveSet, RotaryParameter
 from hf_fsdp_qlora.rotary.callback import RotaryCallback
 from hf_fsdp_qlora.rotary.config import RotaryConfig
+from hf_fsdp_qlora.rotary.evaluation import masters_in_forward
 from hf_fsdp_qlora.rotary.export import export_model
 from hf_fsdp_qlora.rotary.gradients import GradientReducer
 from hf_fsdp_qlora.rotary.masters import Masters
@@ -99,6 +101,10 @@ class Rotary(FullTraining):
         """Write masters, optimizer states and where the rotation stands. Collective."""
         self.active.flush()
         save_state(folder, self.masters, self.callback.all_moments(), self.callback.state_dict())
+
+    def exact_weights(self) -> AbstractContextManager[None] | None:
+        """Where `eval_masters` asks for a second evaluation, the context for it."""
+        return masters_in_forward(self.model, self.active) if self.config.eval_masters else None
 
     def load_checkpoint(self, folder: Path) -> None:
         """Go back to what `save_checkpoint` wrote, on any number of ranks. Collective."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ class FullTraining(ABC):
     @abstractmethod
     def save_checkpoint(self, folder: Path) -> None:
         """Write what `load_checkpoint` needs, weights included."""
+
+    @abstractmethod
+    def exact_weights(self) -> AbstractContextManager[None] | None:
+        """A context in which the model computes with the weights that `export` writes, for a second evaluation; None
+        where there is to be none."""
 
     @abstractmethod
     def load_checkpoint(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers.trainer
+import transformers.trainer_utils
 from accelerate import Accelerator, PartialState
 from accelerate.state import is_initialized
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, extract_model_from_parallel
@@ -26,21 +27,23 @@ from hf_fsdp_qlora.export import restore_adapter
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.precision import check_mixed_precision
 from hf_fsdp_qlora.trainer_compat.checkpoints import has_optimizer, restore_optimizer
+from hf_fsdp_qlora.trainer_compat.evaluation import patched_evaluate
 from hf_fsdp_qlora.trainer_compat.full_training import WHOLE_MODEL_PATCHES
 from hf_fsdp_qlora.trainer_compat.logs import with_log_sources
 from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment
 from hf_fsdp_qlora.trainer_compat.optimizers import check_optimizer
+from hf_fsdp_qlora.trainer_compat.unfinished import patched_get_last_checkpoint, patched_save_checkpoint
 from hf_fsdp_qlora.trainer_compat.wrapping import (
     patched_get_state_dict,
     patched_prepare_model,
     patched_save_fsdp_optimizer,
     patched_wrap_model,
 )
+from hf_fsdp_qlora.validation import Run, apply_rules, raise_for
+from hf_fsdp_qlora.validation_rules import TRAINER_RULES
 
 
 @functools.cache
-from hf_fsdp_qlora.validation import Run, apply_rules, raise_for
-from hf_fsdp_qlora.validation_rules import TRAINER_RULES
 def install() -> None:
     """Put the replacements in place. Safe to call again."""
     for owner, name, patched in (
@@ -54,6 +57,10 @@ def install() -> None:
         (transformers.trainer, "save_fsdp_model", _patched_save_fsdp_model),
         (transformers.trainer, "save_fsdp_optimizer", patched_save_fsdp_optimizer),
         (Trainer, "_save_optimizer_and_scheduler", _patched_save_optimizer),
+        (Trainer, "_save_checkpoint", patched_save_checkpoint),
+        (transformers.trainer, "get_last_checkpoint", patched_get_last_checkpoint),
+        (transformers.trainer_utils, "get_last_checkpoint", patched_get_last_checkpoint),
+        (Trainer, "evaluate", patched_evaluate),
         (Trainer, "_load_from_checkpoint", _patched_load_from_checkpoint),
         (Trainer, "_load_best_model", _patched_load_best_model),
         (Trainer, "_load_optimizer_and_scheduler", _patched_load_optimizer),
@@ -86,6 +93,9 @@ def _patched_create_accelerator(stock: Any) -> Any:
 
 
 def _check_settings(trainer: Trainer, attached: Attachment) -> None:
+    names = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "save_on_each_node")
+    launched = launched_config(attached.engine, trainer.accelerator.device)
+    raise_for(apply_rules(TRAINER_RULES, Run(launched, {name: getattr(trainer.args, name) for name in names})))
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and f"fsdp{plugin.fsdp_version}" != attached.engine:
         raise ConfigError(
@@ -93,9 +103,6 @@ def _check_settings(trainer: Trainer, attached: Attachment) -> None:
             'Leave load_model\'s fsdp at "auto", or launch with a config of that kind.'
         )
     seen = trainer.accelerator.num_processes
-    names = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "save_on_each_node")
-    launched = launched_config(attached.engine, trainer.accelerator.device)
-    raise_for(apply_rules(TRAINER_RULES, Run(launched, {name: getattr(trainer.args, name) for name in names})))
     if attached.engine not in ("fsdp1", "fsdp2") and world_size() > seen:
         raise ConfigError(
             f"{world_size()} processes were launched, but accelerate sees {seen}: each would train alone. On CPU set "
@@ -105,12 +112,12 @@ def _check_settings(trainer: Trainer, attached: Attachment) -> None:
     formats = [m.backend.format for m in model.modules() if isinstance(m, QuantizedLinear)]
     four_bit = any(2 * rows.code_bytes <= rows.row_size for rows in formats)
     check_mixed_precision(attached.precision, trainer.accelerator.mixed_precision, four_bit=four_bit)
+    check_optimizer(trainer.args, attached.engine)
     if attached.engine == "fsdp1" and plugin is not None and "FULL" not in str(plugin.state_dict_type):
         raise ConfigError(
             f"fsdp_state_dict_type: {plugin.state_dict_type.name} with FSDP1 cannot be resumed by another engine. Set "
             "FULL_STATE_DICT: only adapters and their optimizer states are gathered, never the base."
         )
-    check_optimizer(trainer.args, attached.engine)
     if trainer.args.bf16_full_eval or trainer.args.fp16_full_eval:
         raise ConfigError(
             "bf16_full_eval and fp16_full_eval would cast the fp32 adapters for good. Leave them out: the model "
