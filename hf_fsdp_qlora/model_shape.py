@@ -129,13 +129,19 @@ def model_shape(
         hub_kwargs: revision, token, trust_remote_code, ... for `AutoConfig.from_pretrained`.
 
     Raises:
-        ConfigError: the model is of a kind the planner does not know.
+        ConfigError: the config cannot be read, or the model is of a kind the planner does not know.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
     is_config = isinstance(model, PretrainedConfig)
-    config: Any = model if is_config else AutoConfig.from_pretrained(model, **hub_kwargs)
+    try:
+        config: Any = model if is_config else AutoConfig.from_pretrained(model, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The config of {str(model)!r} cannot be read. Give a folder with a config.json, or a hub id that this "
+            f"machine can reach. transformers says: {str(error).strip().splitlines()[0]}"
+        ) from error
     trust = bool(hub_kwargs.get("trust_remote_code"))
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import LlamaConfig
@@ -14,13 +21,21 @@ from transformers import LlamaConfig
 from hf_fsdp_qlora.accelerate_config import Answers, recommend
 from hf_fsdp_qlora.commands import config
 from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.goals import GOALS
 from hf_fsdp_qlora.model_shape import model_shape
 from hf_fsdp_qlora.validation import find_problems
+from tests.tiny_models import save_tiny_model
+from tests.tiny_tokenizer import make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 LLAMA_8B: dict[str, Any] = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=128256, max_position_embeddings=8192, dtype="bfloat16",
 )  # fmt: skip
+LLAMA_1B: dict[str, Any] = dict(
+    LLAMA_8B, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True
+)
 LLAMA_70B: dict[str, Any] = dict(
     LLAMA_8B, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
 )
@@ -32,9 +47,9 @@ MACHINES = {  # GPUs, GiB a card, GiB of host memory
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders with configs of an 8B and a 70B model."""
+    """Folders with configs of a 1B, an 8B and a 70B model."""
     folders = {}
-    for name, sizes in (("8b", LLAMA_8B), ("70b", LLAMA_70B)):
+    for name, sizes in (("1b", LLAMA_1B), ("8b", LLAMA_8B), ("70b", LLAMA_70B)):
         folders[name] = str(tmp_path_factory.mktemp(name))
         LlamaConfig(**sizes).save_pretrained(folders[name])
     return folders
@@ -49,18 +64,45 @@ def run_wizard(folder: Path, *line: str, ask: Any = None) -> tuple[dict[str, Any
     return yaml.safe_load((folder / "a.yaml").read_text()), yaml.safe_load((folder / "r.yaml").read_text())
 
 
+@pytest.mark.parametrize("goal", GOALS)
 @pytest.mark.parametrize("machine", MACHINES)
-def test_files_for_a_machine_validate(machine: str, models: dict[str, str], tmp_path: Path, capsys) -> None:
+def test_files_for_a_machine_and_a_goal_validate(
+    machine: str, goal: str, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     gpus, memory, host = MACHINES[machine]
-    line = ["--yes", "--model", models["8b"], "--gpus", str(gpus), "--gpu-memory", f"{memory}GiB"]
-    accelerate, recipe = run_wizard(tmp_path, *line, "--host-memory", f"{host}GiB")
+    line = ["--yes", "--model", models["8b" if gpus else "1b"], "--gpus", str(gpus), "--gpu-memory", f"{memory}GiB"]
+    accelerate, recipe = run_wizard(tmp_path, *line, "--host-memory", f"{host}GiB", "--goal", goal, "--cores", "8")
     assert accelerate["num_processes"] == max(gpus, 2 if gpus == 0 else 1)
     findings = find_problems(tmp_path / "a.yaml", tmp_path / "r.yaml", gpu_memory_bytes=memory * 2**30 or None)
-    assert findings.problems == []
+    assert findings.problems == [] and len(findings.not_checked) == (gpus == 0)  # a CPU has no card to fit
     load_config_from_file(str(tmp_path / "a.yaml"))  # accelerate's own reader takes it
+    assert GOALS[goal].recipe.items() <= recipe.items()
     batch = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
     assert gpus == 0 or batch * gpus == 16
-    assert "accelerate launch" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    files = f"hf-fsdp-qlora train --accelerate_config {tmp_path / 'a.yaml'} --config {tmp_path / 'r.yaml'}"
+    assert (f"OMP_NUM_THREADS=4 {files}" if gpus == 0 else f"\n{files}") in printed
+    assert (tmp_path / "r.yaml").read_text().startswith(f"# {printed.splitlines()[0]}")
+
+
+def test_files_for_this_machines_cpu_train_as_they_are(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model", dtype=torch.float32)
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = (json.dumps({"text": f"{number} is followed by {number + 1}"}) + "\n" for number in range(4))
+    (tmp_path / "data.jsonl").write_text("".join(rows))
+    line = ["--yes", "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "data.jsonl"), "--gpus", "0"]
+    run_wizard(tmp_path, *line, "--seq-len", "64", "--output-dir", str(tmp_path / "out"))
+    command = [sys.executable, "-m", "hf_fsdp_qlora.cli", "train", "--accelerate_config", str(tmp_path / "a.yaml")]
+    result = subprocess.run(
+        [*command, "--config", str(tmp_path / "r.yaml")],
+        capture_output=True, text=True, cwd=ROOT, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2  # four samples, two processes, one each at a time
+    report = json.loads((tmp_path / "out" / "load_report.json").read_text())
+    assert report["quantized_layers"] == 14 and report["local_bytes"] < report["sharded_bytes"]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_choice_of_engine_and_offload(models: dict[str, str]) -> None:
@@ -84,30 +126,69 @@ def test_choice_of_engine_and_offload(models: dict[str, str]) -> None:
         chosen(large, 2, 24, host=16)
     with pytest.raises(ConfigError, match="fits in no way"):
         chosen(large, 1, 4)
+    with pytest.raises(ConfigError, match="host memory"):
+        chosen(large, 0, 0, host=32)
+    with pytest.raises(ConfigError, match="no memory of a card"):
+        chosen(small, 2, 0)
     with pytest.raises(ConfigError, match="positions"):
         chosen(small, 1, 24, seq_len=100_000)
 
 
-def test_wizard_asks_for_what_is_missing(models: dict[str, str], tmp_path: Path) -> None:
+def test_wizard_asks_for_what_is_missing_and_again_for_what_makes_no_sense(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {
+        "Model": ["no/such/folder", models["8b"]], "GPUs": ["two", "2"], "Memory of one": ["24 apples", "24"],
+        "Tokens": ["1024"], "Goal": ["fame", "lora"],
+    }  # fmt: skip
     asked: list[str] = []
 
     def ask(question: str) -> str:
         asked.append(question)
-        return {"Model": models["8b"], "GPUs": "2", "Memory of one": "24", "Tokens": "1024"}.get(
-            next((key for key in ("Model", "GPUs", "Memory of one", "Tokens") if question.startswith(key)), ""), ""
-        )
+        waiting = next((answers for key, answers in given.items() if question.startswith(key)), [])
+        return waiting.pop(0) if waiting else ""
 
     accelerate, recipe = run_wizard(tmp_path, "--host-memory", "128GiB", ask=ask)
-    assert (accelerate["num_processes"], recipe["max_length"]) == (2, 1024)
+    assert (accelerate["num_processes"], recipe["max_length"], recipe["load_in_4bit"]) == (2, 1024, False)
     assert recipe["dataset_name"] == config.DEFAULT_DATASET
     assert not any("Memory of this machine" in question for question in asked)
+    printed = capsys.readouterr().out
+    for problem in ("'no/such/folder' cannot be read", "gpus='two'", "'24 apples' is no memory size", "goal='fame'"):
+        assert problem in printed
+
+
+def test_wizard_takes_arrow_keys_on_a_terminal(models: dict[str, str], tmp_path: Path) -> None:
+    """accelerate's menu, in a terminal of its own: arrow down, enter."""
+    line = ["--model", models["8b"], "--dataset", "d", "--gpus", "1", "--gpu-memory", "80", "--host-memory", "128"]
+    line += ["--cores", "8", "--seq-len", "512"]
+    files = ["--accelerate-config", str(tmp_path / "a.yaml"), "--recipe", str(tmp_path / "r.yaml")]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hf_fsdp_qlora.cli", "config", *line, *files],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT,
+    )  # fmt: skip
+    for key, before in ((b"\x1b[B", b"\x1b[?25l"), (b"\r", b"\x1b[32mLoRA")):  # cursor hidden; the second one lit up
+        shown = b""
+        while before not in shown:
+            shown += os.read(ours, 1000)
+        time.sleep(0.5)  # the menu discards what is typed before it listens
+        os.write(ours, key)
+    assert process.wait(timeout=60) == 0
+    assert yaml.safe_load((tmp_path / "r.yaml").read_text())["load_in_4bit"] is False
 
 
 def test_wizard_does_not_replace_files_or_guess_a_model(models: dict[str, str], tmp_path: Path) -> None:
-    line = ["--yes", "--model", models["8b"], "--gpus", "0"]
+    line = ["--yes", "--model", models["1b"], "--gpus", "0", "--host-memory", "32GiB"]
     run_wizard(tmp_path, *line)
     with pytest.raises(ConfigError, match="exists"):
         run_wizard(tmp_path, *line)
     run_wizard(tmp_path, *line, "--overwrite")
+    (tmp_path / "b").mkdir()
     with pytest.raises(ConfigError, match="--model"):
-        run_wizard(tmp_path, "--yes", "--gpus", "0")
+        run_wizard(tmp_path / "b", "--yes", "--gpus", "0")
+
+    def no_more(question: str) -> str:
+        raise EOFError
+
+    with pytest.raises(ConfigError, match="--yes"):
+        run_wizard(tmp_path / "b", ask=no_more)

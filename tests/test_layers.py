@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_fsdp_qlora"
 LAYERS = [
     {"__init__"},
     {"errors", "distributed", "formats", "host_memory"},
-    {"precision", "resources", "config", "checkpoint", "checkpoint_writer", "safetensors_stream"},
+    {"precision", "resources", "goals", "config", "checkpoint", "checkpoint_writer", "safetensors_stream"},
     {
         "engine",
         "model_shape",
