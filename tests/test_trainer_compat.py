@@ -181,6 +181,25 @@ def test_lora_rank_below_the_number_of_shards_trains_and_resumes(tmp_path: Path)
     assert again["losses"] == sharded["losses"]
 
 
+def test_head_trains_after_an_evaluation_and_a_generation(model_path: str, tmp_path: Path) -> None:
+    """Both leave the head gathered, and the optimizer is made then."""
+    [expected] = launch("one-process", _early_story, model_path, str(tmp_path / "one"))
+    for result in launch("fsdp2-full", _early_story, model_path, str(tmp_path / "two")):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    trained = adapter(tmp_path / "two" / "checkpoint-2")
+    for key, value in adapter(tmp_path / "one" / "checkpoint-2").items():
+        # Adam makes a step of full size of any gradient, so rounding shows where the head's are next to nothing.
+        assert (trained[key] - value).norm() <= 1e-3 * value.norm(), key
+
+
+def _early_story(model_path: str, output_dir: str) -> dict[str, Any]:
+    trainer = make_trainer(model_path, output_dir, lora={"modules_to_save": ["lm_head"]}, max_steps=3)
+    trainer.evaluate()
+    model_of(trainer).generate(input_ids=torch.arange(3, 10)[None], max_new_tokens=2, do_sample=False)
+    trainer.train()
+    return report(trainer)
+
+
 def test_epoch_checkpoints_in_bf16_keep_float32_adapters(model_path: str, tmp_path: Path) -> None:
     kwargs: dict[str, Any] = dict(save_strategy="epoch", max_steps=-1, num_train_epochs=1, bf16=True, use_cpu=True)
     ranks = launch("fsdp2-full", train, model_path, str(tmp_path), dtype=torch.bfloat16, **kwargs)

@@ -34,6 +34,7 @@ from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment
 from hf_fsdp_qlora.trainer_compat.optimizers import check_optimizer
 from hf_fsdp_qlora.trainer_compat.unfinished import patched_get_last_checkpoint, patched_save_checkpoint
 from hf_fsdp_qlora.trainer_compat.wrapping import (
+    patched_create_optimizer,
     patched_get_state_dict,
     patched_prepare_model,
     patched_save_fsdp_optimizer,
@@ -53,6 +54,7 @@ def install() -> None:
         (Accelerator, "prepare_model", patched_prepare_model),
         (Accelerator, "get_state_dict", patched_get_state_dict),
         (Trainer, "_wrap_model", patched_wrap_model),
+        (Trainer, "create_optimizer", patched_create_optimizer),
         (Trainer, "save_model", _patched_save_model),
         (transformers.trainer, "save_fsdp_model", _patched_save_fsdp_model),
         (transformers.trainer, "save_fsdp_optimizer", patched_save_fsdp_optimizer),

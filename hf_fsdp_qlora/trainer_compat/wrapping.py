@@ -21,6 +21,7 @@ from transformers import Trainer
 from hf_fsdp_qlora import fsdp1
 from hf_fsdp_qlora.distributed import world_size
 from hf_fsdp_qlora.export import gather_adapter
+from hf_fsdp_qlora.sharding import shard_again
 from hf_fsdp_qlora.skeleton import decoder_layers
 from hf_fsdp_qlora.trainer_compat.checkpoints import save_optimizer
 from hf_fsdp_qlora.trainer_compat.model import attachment
@@ -74,6 +75,22 @@ def patched_wrap_model(stock: Any) -> Any:
         return stock(trainer, model, *args, **kwargs)
 
     return _wrap_model
+
+
+def patched_create_optimizer(stock: Any) -> Any:
+    """Give the optimizer FSDP2's shards. A forward before training, of an evaluation or a generation, leaves the group
+    [final norm, head] gathered; the optimizer would then get its whole tensors, which are thrown away with the next
+    sharding: a trained head would stay as it is, and the first save would raise. Can go when accelerate maps gathered
+    parameters to their shards (`_prepare_fsdp2`)."""
+
+    @functools.wraps(stock)
+    def create_optimizer(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        ours = attachment(trainer.model)
+        if ours is not None and ours.engine == "fsdp2":
+            shard_again(trainer.model)  # type: ignore[arg-type]
+        return stock(trainer, *args, **kwargs)
+
+    return create_optimizer
 
 
 def patched_get_state_dict(stock: Any) -> Any:
