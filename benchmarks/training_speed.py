@@ -137,16 +137,12 @@ def load_stock(model_path: str, *, compiled: bool) -> nn.Module:
 
 def load_ours(model_path: str, variant: str, checkpoint_layers: int) -> nn.Module:
     from hf_fsdp_qlora import load_model
-    from hf_fsdp_qlora.layer_options import compile_layers, limit_checkpointing
-    from hf_fsdp_qlora.skeleton import decoder_layers
 
-    model = load_model(model_path, peft_config=lora_config(), dtype=torch.bfloat16)
-    base: Any = model.get_base_model()
-    if variant in ("compiled", "some", "none"):
-        compile_layers(decoder_layers(base))
-    if variant == "some":
-        limit_checkpointing(base, decoder_layers(base), checkpoint_layers)
-    return model
+    return load_model(
+        model_path, peft_config=lora_config(), dtype=torch.bfloat16,
+        compile_layers=variant in ("compiled", "some", "none"),
+        checkpoint_layers=checkpoint_layers if variant == "some" else None,
+    )  # fmt: skip
 
 
 def lora_config() -> Any:

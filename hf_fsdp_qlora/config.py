@@ -74,6 +74,17 @@ class QLoraArguments:
         default="float32",
         metadata={"help": "Dtype of the adapter's master weights.", "choices": ["float32", "bfloat16"]},
     )
+    compile_layers: bool = field(
+        default=False,
+        metadata={"help": "Compile each decoder layer: slow first steps, faster ones after them. Not under FSDP."},
+    )
+    checkpoint_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "With gradient_checkpointing, recompute only so many decoder layers and let the others keep their "
+            "activations: less time for more memory. By default all are recomputed."
+        },
+    )
     train_new_layers: bool = field(
         default=False,
         metadata={
@@ -87,6 +98,29 @@ class QLoraArguments:
     )
     bnb_4bit_blocksize: int = field(
         default=64, metadata={"help": "Weights under one absmax in 4-bit formats; transformers only knows 64."}
+    )
+    int8_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "8-bit rows in place of load_in_4bit: linear (integers and a scale per block, 0.65 %% error) or "
+            "dynamic (bitsandbytes' 8-bit floats, 1.02 %%). load_in_8bit is LLM.int8, which cannot be sharded.",
+            "choices": ["linear", "dynamic"],
+        },
+    )
+    int8_block_size: int = field(default=128, metadata={"help": "Weights under one scale with int8_type."})
+    hqq_nbits: int | None = field(
+        default=None,
+        metadata={"help": "HQQ in place of load_in_4bit, with so many bits (HqqConfig).", "choices": [8, 4, 3, 2]},
+    )
+    hqq_group_size: int = field(
+        default=64, metadata={"help": "Weights under one scale and zero with hqq_nbits, a multiple of 8."}
+    )
+    hqq_axis: int = field(
+        default=1,
+        metadata={
+            "help": "Along which axis hqq_nbits groups weights: 1, or 0 (more exact for few bits, slower).",
+            "choices": [1, 0],
+        },
     )
     verify_weights: bool = field(
         default=True,

@@ -19,7 +19,32 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_fsdp_qlora.engine import Engine
 from hf_fsdp_qlora.errors import ConfigError
+
+
+def set_layer_options(
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    *,
+    engine: Engine,
+    compiled: bool,
+    checkpointed: int | None,
+) -> None:
+    """What `load_model` does with `compile_layers` and `checkpoint_layers`, on a model that may still be on meta.
+
+    Raises:
+        ConfigError: see the two functions; or layers are to be compiled under FSDP.
+    """
+    if compiled:
+        if engine in ("fsdp1", "fsdp2"):
+            raise ConfigError(
+                f"compile_layers=True under {engine}: its hooks inside the decoder layers break every graph. Leave "
+                "compile_layers out, or train on one GPU or under DDP."
+            )
+        compile_layers(layers)
+    if checkpointed is not None:
+        limit_checkpointing(model, layers, checkpointed)
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:

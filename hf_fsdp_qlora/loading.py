@@ -41,6 +41,7 @@ from hf_fsdp_qlora.engine import (
 )
 from hf_fsdp_qlora.fsdp1 import check_fsdp1, share_rows
 from hf_fsdp_qlora.integrity import check_integrity, check_replicas
+from hf_fsdp_qlora.layer_options import set_layer_options
 from hf_fsdp_qlora.load_checks import check_settings, check_wrapped_classes
 from hf_fsdp_qlora.lora import ADAPTER_NAME, add_adapter, initialize_adapters, load_adapter_weights
 from hf_fsdp_qlora.lora_config import check_peft_config, read_adapter_config
@@ -74,6 +75,8 @@ def load_model(
     adapter_name_or_path: str | None = None,
     is_trainable: bool = True,
     adapter_dtype: torch.dtype | str | None = None,
+    compile_layers: bool = False,
+    checkpoint_layers: int | None = None,
     seed: int = 42,
     revision: str = "main",
     token: str | bool | None = None,
@@ -106,6 +109,9 @@ def load_model(
         adapter_name_or_path: a saved adapter to continue from, or to evaluate.
         is_trainable: False freezes the adapter of `adapter_name_or_path`.
         adapter_dtype: of adapters and other trained parameters; float32 masters unless `precision` says otherwise.
+        compile_layers: compile each decoder layer; the first steps take longer, later ones less. Not under FSDP.
+        checkpoint_layers: where gradient checkpointing is on, recompute the first so many decoder layers only; the
+            others keep their activations. None recomputes all.
         seed: for new adapters. Values are those of `torch.manual_seed(seed); get_peft_model(...)` on one CPU
             process, for every number of ranks.
         revision, token, cache_dir, local_files_only, subfolder, trust_remote_code: as in `from_pretrained`.
@@ -153,6 +159,7 @@ def load_model(
         storage_dtype = resolve_storage_dtype(quantization_config, engine, numbers.dtype)
         wanted = model.state_dict(keep_vars=True)
         layers = decoder_layers(model)
+        set_layer_options(model, layers, engine=engine, compiled=compile_layers, checkpointed=checkpoint_layers)
         kept: list[str] = []
         if quantization_config is not None and stored_config is None:
             kept = replace_linears(

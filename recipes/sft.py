@@ -53,6 +53,8 @@ def main(recipe: Recipe) -> int:
         offload=ours.offload,
         offload_pin_memory=ours.offload_pin_memory,
         adapter_name_or_path=ours.adapter_name_or_path,
+        compile_layers=ours.compile_layers,
+        checkpoint_layers=ours.checkpoint_layers,
         seed=args.seed,
         attn_implementation=model_args.attn_implementation,
         revision=model_args.model_revision,

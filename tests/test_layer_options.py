@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
+from hf_fsdp_qlora import load_model
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.layer_options import compile_layers, limit_checkpointing
+from hf_fsdp_qlora.layer_options import compile_layers, limit_checkpointing, set_layer_options
 from hf_fsdp_qlora.skeleton import decoder_layers
 from tests.lora_models import TOKENS, gradients, load_with_adapter
 from tests.tiny_models import save_tiny_model
@@ -67,6 +68,22 @@ def test_compiled_layers_compute_the_same(model: PeftModel, checkpointing: bool)
     torch.testing.assert_close(loss, expected[0])
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_load_model_takes_both_options(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, "llama")
+    model = load_model(folder, peft_config=LoraConfig(), fsdp="none", compile_layers=True, checkpoint_layers=1)
+    base = model.get_base_model()
+    layers = decoder_layers(base)
+    assert all(layer._compiled_call_impl is not None for layer in layers)
+    base.gradient_checkpointing_enable()
+    assert [layer.gradient_checkpointing for layer in layers] == [True] + [False] * (len(layers) - 1)
+
+
+def test_compiling_under_fsdp_is_refused(model: PeftModel) -> None:
+    base = model.get_base_model()
+    with pytest.raises(ConfigError, match="compile_layers=True under fsdp2"):
+        set_layer_options(base, decoder_layers(base), engine="fsdp2", compiled=True, checkpointed=None)
 
 
 def test_impossible_counts_are_refused(model: PeftModel) -> None:
