@@ -80,7 +80,7 @@ RESUMED: list[tuple[str, tuple[str, str]]] = [
 ]
 """(engine that goes on, run whose middle checkpoint it takes)"""
 
-STOCK = [("fsdp2", "bf16"), ("fsdp2", "fp32"), ("sharded", "fp32"), ("fsdp2", "head"), ("sharded", "best")]
+STOCK = [("fsdp2", "bf16"), ("fsdp2", "fp32"), ("sharded", "fp32"), ("fsdp2", "head"), ("sharded", "bf16")]
 """Runs whose final adapter stock code evaluates."""
 
 
