@@ -47,7 +47,7 @@ def _hand_out(
     layer: QuantizedLinear, made: tuple[Tensor, Tensor] | None, owner: int, ranks: RowRanks, device: torch.device
 ) -> None:
     prints = None if made is None else fingerprint(*made).to(device)
-    layer.row_fingerprints = _broadcast(prints, (layer.num_rows,), torch.int64, owner, ranks, device).cpu()
+    layer.row_fingerprints = _broadcast(prints, (layer.num_rows,), torch.int64, owner, ranks, device)
     for index, parameter in enumerate((layer.weight, layer.weight_stats)):
         rows = None if made is None else made[index]
         local = as_bytes(local_tensor(parameter))

@@ -161,7 +161,17 @@ def fill(weights: Sequence[PlannedWeight], *, device: torch.device) -> int:
             _raise_on_every_rank(errors)
             quantize_and_hand_out(round_of_owners)
     _raise_on_every_rank(errors)
+    _fingerprints_to_host([weight.module for weight in weights if weight.is_quantized])  # type: ignore[misc]
     return total
+
+
+def _fingerprints_to_host(layers: list[QuantizedLinear]) -> None:
+    """In one copy: a copy per layer would wait for that layer's work while nothing new is queued."""
+    made = [layer for layer in layers if layer.row_fingerprints is not None]
+    if made:
+        prints = [cast(Tensor, layer.row_fingerprints) for layer in made]
+        for layer, on_host in zip(made, torch.cat(prints).cpu().split([*map(len, prints)]), strict=True):
+            layer.row_fingerprints = on_host
 
 
 def _raise_on_every_rank(errors: list[Exception]) -> None:
@@ -229,7 +239,7 @@ def _store_rows(layer: QuantizedLinear, values: list[Tensor], stored: StoredTens
         return _gather_rows(part, layer)
 
     codes, stats = _make_rows(layer, values, stored, errors)
-    layer.row_fingerprints = gather_rows(fingerprint(codes, stats).to(codes.device)[:, None])[:, 0].cpu()
+    layer.row_fingerprints = gather_rows(fingerprint(codes, stats)[:, None])[:, 0]  # `fill` takes it to the host
     if not isinstance(layer.weight, DTensor):
         codes, stats = gather_rows(codes), gather_rows(stats)
     if not errors:

@@ -60,7 +60,7 @@ class FourBitBackend(QuantizationBackend):
         if not config.load_in_4bit:
             raise ConfigError(
                 "BitsAndBytesConfig without load_in_4bit has no row format (LLM.int8 keeps outlier columns, which do "
-                "not stand alone). Set load_in_4bit=True."
+                "not stand alone). Set load_in_4bit=True, or use LinearInt8Config for 8 bits."
             )
         wanted = config.bnb_4bit_compute_dtype
         return cls(
@@ -80,8 +80,11 @@ class FourBitBackend(QuantizationBackend):
         """See `QuantizationBackend.quantize`. Collective once per tensor with double quantisation, else local."""
         rows = self.format.num_rows(weights.numel())
         if rows:
-            codes, state = bnb.quantize_4bit(weights, blocksize=self.block_size, quant_type=self.quant_type)
-            codes, absmax = codes.view(-1), state.absmax
+            # The op behind `bnb.quantize_4bit`, which copies a table to the device for every tensor.
+            codes, absmax = torch.ops.bitsandbytes.quantize_4bit(
+                weights, self.block_size, self.quant_type, torch.uint8
+            )
+            codes = codes.view(-1)
         else:  # bitsandbytes' kernels do not take empty tensors
             codes, absmax = weights.new_empty(0, dtype=torch.uint8), weights.new_empty(0, dtype=torch.float32)
         codes = in_rows(codes, rows, self.format.code_bytes)
@@ -92,10 +95,11 @@ class FourBitBackend(QuantizationBackend):
         offset = whole_absmax.mean()
         if not rows:
             return codes, codes.new_empty(0, self.format.stats_bytes)
-        absmax_codes, second = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKS)
+        table = dynamic_map(absmax.device)
+        absmax_codes, second = torch.ops.bitsandbytes.quantize_blockwise(absmax - offset, table, NESTED_BLOCKS)
         parts = [
             in_rows(absmax_codes, rows, NESTED_BLOCKS),
-            second.absmax.view(rows, 1).view(torch.uint8),
+            second.view(rows, 1).view(torch.uint8),
             offset.repeat(rows, 1).view(torch.uint8),
         ]
         return codes, torch.cat(parts, dim=1)
