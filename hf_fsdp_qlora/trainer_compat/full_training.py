@@ -145,9 +145,12 @@ def _patched_load_scheduler(stock: Any) -> Any:
         if checkpoint is None or full_training(trainer.model) is None:
             stock(trainer, checkpoint)
             return
-        assert trainer.lr_scheduler is not None
+        assert trainer.lr_scheduler is not None and trainer.optimizer is not None
         with same_outcome(f"reading the scheduler from {checkpoint}"):
             trainer.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        # A scheduler sets rates when it steps; the stock method finds them in the optimizer's state.
+        for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     return _load_optimizer_and_scheduler
 
