@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -29,12 +30,38 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def on_any_rank(fact: bool) -> bool:
+    """Whether the fact is true on some rank. Collective."""
+    facts: list[bool] = [fact] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(facts, fact)
+    return any(facts)
+
+
 @contextmanager
-def same_outcome(what: str) -> Iterator[None]:
+def patient_ranks(timeout_s: float) -> Iterator[dist.ProcessGroup | None]:
+    """A process group of all ranks that waits this long, for work that takes longer than the default one allows.
+
+    Accelerate opens the default group with 10 minutes for NCCL and 30 for gloo (`ddp_timeout` of the training
+    arguments, if they are built first). None without a process group.
+    """
+    if world_size() == 1:
+        yield None
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+@contextmanager
+def same_outcome(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the block on every rank and leave it the same way on every rank.
 
     Args:
         what: the work, as a noun phrase for the message other ranks get ("reading the checkpoint").
+        group: of all ranks, in which to compare; None is the default group.
 
     Raises:
         Exception: the block's own error on the ranks where it failed; a RuntimeError that quotes it on the others.
@@ -48,7 +75,7 @@ def same_outcome(what: str) -> Iterator[None]:
         error = caught
     if world_size() > 1:
         reports: list[str | None] = [None] * world_size()
-        dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+        dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}", group)
         failed = [(index, report) for index, report in enumerate(reports) if report is not None]
         if failed and error is None:
             index, report = failed[0]

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from hf_fsdp_qlora.allocation import materialize
 from hf_fsdp_qlora.checkpoint import find_checkpoint, index_checkpoint
-from hf_fsdp_qlora.distributed import rank, same_outcome
+from hf_fsdp_qlora.distributed import on_any_rank, patient_ranks, rank, same_outcome
 from hf_fsdp_qlora.dora import initialize_magnitudes
 from hf_fsdp_qlora.engine import (
     Engine,
@@ -59,6 +59,10 @@ logger = logging.getLogger(__name__)
 
 CHECKED_GROUPS = 2
 """Layers whose rows are compared after an all-gather before `load_model` returns."""
+SLOWEST_DOWNLOAD_BYTES_PER_S = 5e6
+MIN_DOWNLOAD_TIMEOUT_S = 1800
+"""How long ranks wait for a download: 140 GB, a 70B model, may take 7.8 hours, where the process group's own time-out
+would end the run after 10 minutes."""
 
 
 def load_model(
@@ -168,7 +172,7 @@ def load_model(
                 skip_modules=skip_modules(quantization_config),
                 storage_dtype=storage_dtype,
             )
-    files = _download(name, hub_kwargs)
+    files = _download(name, hub_kwargs, sum(tensor.numel() * tensor.element_size() for tensor in wanted.values()))
     with same_outcome("matching the checkpoint to the model"):
         tensors = index_checkpoint(files)
         if stored_config is not None:
@@ -283,11 +287,13 @@ def _fill_adapter(root: PeftModel | PreTrainedModel, saved: _SavedAdapter | None
     initialize_magnitudes(root, ADAPTER_NAME, keep_magnitudes=saved is not None)
 
 
-def _download(name: str, hub_kwargs: dict[str, Any]) -> list[Any]:
-    """The checkpoint's files; on each node one process downloads while the others wait."""
-    with same_outcome("finding the checkpoint"):
-        if PartialState().is_local_main_process:
-            find_checkpoint(name, **hub_kwargs)
+def _download(name: str, hub_kwargs: dict[str, Any], num_bytes: int) -> list[Any]:
+    """The checkpoint's files; on each node one process downloads while the others wait, as long as that may take."""
+    if on_any_rank(not os.path.isdir(name)):
+        timeout_s = max(MIN_DOWNLOAD_TIMEOUT_S, num_bytes / SLOWEST_DOWNLOAD_BYTES_PER_S)
+        with patient_ranks(timeout_s) as group, same_outcome("finding the checkpoint", group):
+            if PartialState().is_local_main_process:
+                find_checkpoint(name, **hub_kwargs)
     with same_outcome("finding the checkpoint"):
         return find_checkpoint(name, **hub_kwargs)
 

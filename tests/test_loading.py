@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_fsdp_qlora import ConfigError, QuantizedLinear, load_model
+from hf_fsdp_qlora import ConfigError, QuantizedLinear, load_model, loading
 from hf_fsdp_qlora.integrity import IntegrityError, check_integrity
 from tests.distributed import run_distributed
 from tests.tiny_models import ARCHITECTURES, make_config, save_tiny_model
@@ -385,6 +387,32 @@ def test_hub_id_is_read_from_the_cache_at_its_revision(llama: Path, tmp_path: Pa
     assert model.config._attn_implementation == "eager" and model.config._name_or_path == "someone/tiny"
     with pytest.raises(OSError, match="main|connect|cache"):
         load_model("someone/tiny", **{**options, "revision": "main"})
+
+
+def load_slowly(name: str, cache_dir: str) -> int:
+    """A hub model that takes longer to download than the process group waits."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=4))
+    stock = loading.find_checkpoint
+
+    def find_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        if dist.get_rank() == 0 and not waited:
+            waited.append(True)
+            time.sleep(8)
+        return stock(*args, **kwargs)
+
+    waited: list[bool] = []
+    loading.find_checkpoint = find_checkpoint
+    model = load_model(name, quantization_config=nf4(), cache_dir=cache_dir, local_files_only=True)
+    return len(waited) + model.load_report.quantized_layers
+
+
+def test_ranks_wait_for_a_download_longer_than_their_time_out(llama: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "models--someone--tiny"
+    shutil.copytree(llama, repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    counts = run_distributed(load_slowly, "someone/tiny", str(tmp_path), env=FSDP2, process_group=False)
+    assert counts == [15, 14]  # layers, and one wait on the rank that downloads
 
 
 def test_custom_code_runs_only_when_trusted(llama: Path, tmp_path: Path) -> None:
