@@ -22,7 +22,7 @@ from hf_fsdp_qlora.errors import ConfigError
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, HqqConfig
     from trl import SFTConfig
 
     from hf_fsdp_qlora.expand import Expansion
@@ -97,8 +97,54 @@ def model_dtype(recipe: Recipe) -> torch.dtype:
     return config.dtype or torch.float32
 
 
-def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
-    """The config for `load_in_4bit` and its companions, as TRL builds it; ours where the block size is not 64."""
+def quantization_config(recipe: Recipe) -> Any:
+    """The config for `load_in_4bit`, `int8_type` or `hqq_nbits` and their companions; None where none is set.
+
+    Raises:
+        ConfigError: more than one is set; or `train_new_layers` with a model that `expand` has not written.
+    """
+    check_format_keys(recipe)
+    skip = _expansion(recipe).new_modules if recipe.get("train_new_layers") else None
+    if recipe.get("int8_type"):
+        return _int8_config(recipe, skip)
+    if recipe.get("hqq_nbits"):
+        return _hqq_config(recipe, skip)
+    config = _bitsandbytes_config(recipe)
+    if config is not None and skip is not None:
+        config.llm_int8_skip_modules = skip
+    return config
+
+
+def check_format_keys(recipe: Recipe) -> None:
+    """Refuse keys of more than one weight format, or of a format that is not chosen.
+
+    Raises:
+        ConfigError: as the rule of `validate` says it.
+    """
+    from hf_fsdp_qlora.validation import Run, apply_rules, raise_for
+    from hf_fsdp_qlora.validation_rules import one_format_is_chosen
+
+    raise_for(apply_rules([one_format_is_chosen], Run({}, recipe.values)))
+
+
+def _int8_config(recipe: Recipe, skip: list[str] | None) -> Any:
+    from hf_fsdp_qlora.quantization import DynamicInt8Config, LinearInt8Config
+
+    config_class = {"dynamic": DynamicInt8Config, "linear": LinearInt8Config}[recipe.get("int8_type")]
+    return config_class(recipe.get("int8_block_size"), modules_to_not_convert=skip)
+
+
+def _hqq_config(recipe: Recipe, skip: list[str] | None) -> HqqConfig:
+    from transformers import HqqConfig
+
+    settings: dict[str, Any] = {key: recipe.get(f"hqq_{key}") for key in ("nbits", "group_size", "axis")}
+    if skip is not None:
+        settings["skip_modules"] = skip
+    return HqqConfig(**settings)
+
+
+def _bitsandbytes_config(recipe: Recipe) -> BitsAndBytesConfig | None:
+    """As TRL builds it; ours where the block size is not 64."""
     from trl import get_quantization_config
 
     from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig
@@ -110,8 +156,6 @@ def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
         keys = ("quant_type", "use_double_quant", "compute_dtype", "quant_storage")
         settings = {f"bnb_4bit_{key}": getattr(config, f"bnb_4bit_{key}") for key in keys}
         config = BlockwiseFourBitConfig(bnb_4bit_blocksize=blocksize, **settings)
-    if config is not None and recipe.get("train_new_layers"):
-        config.llm_int8_skip_modules = _expansion(recipe).new_modules
     return config
 
 

@@ -30,14 +30,15 @@ DEFAULTS: dict[str, Any] = {
     "adapter_name_or_path": None, "adapter_dtype": "float32", "assistant_only_loss": False,
     "attn_implementation": None, "bf16": None, "bnb_4bit_blocksize": 64, "bnb_4bit_quant_storage": None,
     "completion_only_loss": None, "dataset_format": None,
-    "dtype": "float32", "fp16": False, "fsdp": None,
+    "dtype": "float32", "fp16": False, "fsdp": None, "hqq_nbits": None, "int8_type": None,
     "gradient_accumulation_steps": 1, "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": None, "load_best_model_at_end": False,
     "load_in_4bit": False, "load_in_8bit": False, "lora_dropout": 0.05, "lora_modules_to_save": None, "lora_r": 16,
     "lora_target_modules": None, "lora_target_parameters": None, "max_length": 1024, "model_init_kwargs": None,
     "model_name_or_path": None, "offload": None, "offload_pin_memory": True, "optim": "adamw_torch_fused",
     "packing": False, "packing_strategy": "bfd", "per_device_train_batch_size": 8, "save_on_each_node": False,
-    "save_only_model": False, "trust_remote_code": False, "use_bnb_nested_quant": False, "use_peft": False,
+    "save_only_model": False, "save_strategy": "steps", "trust_remote_code": False,
+    "use_bnb_nested_quant": False, "use_peft": False,
 }  # fmt: skip
 """Upstream's defaults of the keys that the rules read, so that checking needs no torch. A test compares them."""
 

@@ -122,7 +122,7 @@ def weights_have_a_row_format(run: Run) -> Problem | None:
     return Problem(
         "load_in_8bit", True,
         "LLM.int8 keeps outlier columns of the whole weight and cannot be sharded by rows; load_model refuses it.",
-        "Set load_in_4bit: true.",
+        "Set int8_type: linear (8-bit rows; LinearInt8Config in Python), or load_in_4bit: true.",
     )  # fmt: skip
 
 
@@ -152,6 +152,18 @@ def offload_has_fsdp(run: Run) -> Problem | None:
         fix = "Use accelerate_configs/fsdp2_offload.yaml, or offload: none."
         return Problem("offload", run.offload, str(error), fix)
     return None
+
+
+def fsdp1_offloads_flat_parameters(run: Run) -> Problem | None:
+    """Seen with torch 2.13 where units compute on the CPU (tests/test_fsdp1_offload.py): with original parameters an
+    offloaded, trained unit adds the gradients of the step before to its own. Frozen units have none."""
+    if run.fsdp_version != 1 or run.offload != "all" or not is_true(run.fsdp("fsdp_use_orig_params")):
+        return None
+    return Problem(
+        "fsdp_config.fsdp_use_orig_params", True,
+        "With offload: all torch's FSDP1 adds old gradients to those of original parameters: adapters train wrongly.",
+        "Set fsdp_use_orig_params: false, as accelerate_configs/fsdp1_offload.yaml does, or offload: base.",
+    )  # fmt: skip
 
 
 def fsdp1_state_dict_is_full(run: Run) -> Problem | None:
@@ -205,4 +217,5 @@ LAUNCH_RULES: tuple[Rule, ...] = (
     reshard_after_forward_has_its_versions_type, state_dict_type_is_known_to_fsdp2, fsdp1_state_dict_is_full,
     replicas_fit_the_processes,
     device_map_is_not_set, weights_have_a_row_format, adapter_kind_is_supported, offload_has_fsdp,
+    fsdp1_offloads_flat_parameters,
 )  # fmt: skip

@@ -84,9 +84,9 @@ def memory_fits(run: Run) -> Problem | None:
 
 
 def memory_settings(run: Run) -> MemorySettings | None:
-    """The planner's view of a run; None for what it does not know (the optimizer)."""
+    """The planner's view of a run; None for what it does not know (the optimizer, int8 and HQQ)."""
     optimizer = str(run.get("optim"))
-    if optimizer not in OPTIMIZER_STATE_BYTES:
+    if optimizer not in OPTIMIZER_STATE_BYTES or run.get("int8_type") or run.get("hqq_nbits"):
         return None
     targets = run.get("lora_target_modules") or "all-linear"
     nodes = int(run.accelerate.get("num_machines") or 1)

@@ -105,15 +105,23 @@ def adapter_is_saved_once(run: Run) -> Problem | None:
 
 def optimizer_works_on_shards(run: Run) -> Problem | None:
     """Two gloo ranks, FSDP2: bitsandbytes' optimizers raise on DTensors in their first step ("got mixed torch.Tensor
-    and DTensor", "does not have a sharding strategy registered"), and so does transformers' Adafactor."""
-    name = str(run.get("optim"))
-    if run.fsdp_version != 2 or name not in (*BITSANDBYTES_OPTIMIZERS, "adafactor"):
-        return None
-    return Problem(
-        "optim", name,
-        "Its kernels do not take the DTensors that FSDP2 makes of parameters: the first step raises.",
-        "Set optim: adamw_torch_fused. Its states are sharded too; for adapters they are small.",
-    )  # fmt: skip
+    and DTensor", "does not have a sharding strategy registered"), and so does transformers' Adafactor.
+
+    FSDP1: bitsandbytes' optimizers train, but nest their state under one key (`Optimizer8bit.state_dict`), so that
+    FSDP saves rank 0's part as everybody's, and raises with use_orig_params. Adafactor trains as another algorithm,
+    since a flat shard has no rows and columns to factor, and its RMS differs between the ranks."""
+    name, fix = _word(run.get("optim")), "Set optim: adamw_torch_fused. Its states are sharded; for adapters small."
+    if run.fsdp_version == 2 and name in (*BITSANDBYTES_OPTIMIZERS, "adafactor"):
+        why = "Its kernels do not take the DTensors that FSDP2 makes of parameters: the first step raises."
+        return Problem("optim", name, why, fix)
+    if run.fsdp_version == 1 and name == "adafactor":
+        why = "It factors matrices; under FSDP1 parameters are flat shards, each scaled by one rank's part alone."
+        return Problem("optim", name, why, fix)
+    saved = _word(run.get("save_strategy")) != "no" and not run.get("save_only_model")
+    if run.fsdp_version == 1 and name in BITSANDBYTES_OPTIMIZERS and saved:
+        why = "It trains under FSDP1, but its state cannot be saved: rank 0's part would be written for all ranks."
+        return Problem("optim", name, why, f"{fix} Or set save_only_model: true and do without resuming.")
+    return None
 
 
 def layerwise_optimizer_runs_alone(run: Run) -> Problem | None:
@@ -190,12 +198,33 @@ def something_is_trained(run: Run) -> Problem | None:
     )  # fmt: skip
 
 
-TRAINER_RULES: tuple[Rule, ...] = (checkpointing_suits_ddp, adapter_is_saved_once)
+def one_format_is_chosen(run: Run) -> Problem | None:
+    """train.py builds one quantisation config; a companion of another format would have no effect."""
+    chosen = [key for key in ("load_in_4bit", "load_in_8bit", "int8_type", "hqq_nbits") if run.get(key)]
+    if len(chosen) > 1:
+        return Problem(
+            chosen[1], run.get(chosen[1]), f"{chosen[0]} is set too, and weights have one format.",
+            f"Remove {' or '.join(chosen)}.",
+        )  # fmt: skip
+    owners = {"int8_block_size": "int8_type", "hqq_group_size": "hqq_nbits", "hqq_axis": "hqq_nbits"}
+    for key, owner in owners.items():
+        if key in run.recipe and not run.get(owner):
+            why = f"It has no effect without {owner}."
+            return Problem(key, run.recipe[key], why, f"Set {owner}, or remove {key}.")
+    return None
+
+
+TRAINER_RULES: tuple[Rule, ...] = (checkpointing_suits_ddp, adapter_is_saved_once, optimizer_works_on_shards)
 """What a stock trainer neither refuses by itself nor survives: checked again when it is built (trainer_compat)."""
 
 RULES: tuple[Rule, ...] = (
     *LAUNCH_RULES, fsdp1_has_gpus, dtype_agrees_with_mixed_precision, sync_module_states_is_on,
-    checkpointing_happens_once, *TRAINER_RULES, optimizer_works_on_shards,
+    checkpointing_happens_once, *TRAINER_RULES, one_format_is_chosen,
     layerwise_optimizer_runs_alone, trainer_has_no_fsdp_of_its_own, packed_samples_stay_apart, packing_has_a_length,
     best_model_can_be_loaded, something_is_trained,
 )  # fmt: skip
+
+
+def _word(value: object) -> str:
+    """A key's word; the trainer's arguments hold some as members of an enum."""
+    return str(getattr(value, "value", value))

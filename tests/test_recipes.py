@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from hf_fsdp_qlora.config import Recipe, load_recipe
 from hf_fsdp_qlora.data import load_datasets, load_tokenizer
 from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.quantization import DynamicInt8Config, LinearInt8Config
 from hf_fsdp_qlora.resources import accelerate_config_names, find_accelerate_config, find_recipe, recipe_names
 from hf_fsdp_qlora.train import parse_recipe, quantization_config, resume_point
 from recipes.demo.base_model import _train_tokenizer
@@ -24,14 +26,15 @@ ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").rglob("*.yaml"))
 
 
 def test_every_recipe_and_config_is_found() -> None:
-    assert len(RECIPES) == len(recipe_names()) == 6
+    assert len(RECIPES) == len(recipe_names()) == 8
     assert len(ACCELERATE_CONFIGS) == len(accelerate_config_names()) == 7
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_loads_and_its_header_says_what_it_needs(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.model_args.use_peft and recipe.model_args.load_in_4bit and recipe.script_args.dataset_name
+    formats = [recipe.get(key) for key in ("load_in_4bit", "int8_type", "hqq_nbits") if recipe.get(key)]
+    assert recipe.model_args.use_peft and len(formats) == 1 and recipe.script_args.dataset_name
     header = path.read_text().split("model_name_or_path")[0]
     for part in ("GPUs:", "Command:", "Memory:"):
         assert part in header
@@ -171,6 +174,28 @@ def test_quantization_config_follows_the_recipe_and_the_checkpoints_dtype(tmp_pa
     config = quantization_config(recipe)
     assert config is not None
     assert config.bnb_4bit_use_double_quant and config.bnb_4bit_compute_dtype == torch.float16
+
+
+def test_quantization_config_takes_int8_and_hqq(tmp_path: Path, model_path: Path) -> None:
+    def config(**values: object) -> Any:
+        return quantization_config(make_recipe(tmp_path, model_path, **values))
+
+    for name, config_class in (("linear", LinearInt8Config), ("dynamic", DynamicInt8Config)):
+        made = config(int8_type=name, int8_block_size=64)
+        assert type(made) is config_class and made.block_size == 64 and made.modules_to_not_convert is None
+    assert config(int8_type="linear").block_size == 128
+    made = config(hqq_nbits=3, hqq_group_size=32, hqq_axis=0)
+    settings = made.quant_config["weight_quant_params"]
+    assert (settings["nbits"], settings["group_size"], settings["axis"]) == (3, 32, 0)
+    assert config() is None
+    with pytest.raises(
+        ConfigError, match=r"hqq_nbits: 4\n.*load_in_4bit is set too.*\n.*Remove load_in_4bit or hqq_nb"
+    ):
+        config(load_in_4bit=True, hqq_nbits=4)
+    with pytest.raises(ConfigError, match="hqq_axis: 0\n.*no effect without hqq_nbits"):
+        config(load_in_4bit=True, hqq_axis=0)
+    with pytest.raises(ConfigError, match="hqq_nbits=5.*invalid choice"):
+        config(hqq_nbits=5)
 
 
 def test_resume_point_means_last_complete_given_or_none(

@@ -117,8 +117,23 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [(fsdp2(fsdp_activation_checkpointing="false"), RECIPE)],
     ),
     "optimizer_works_on_shards": (
-        [(FSDP2, recipe(optim="paged_adamw_8bit")), (FSDP2, recipe(optim="adafactor"))],
-        [(SINGLE, recipe(optim="paged_adamw_8bit")), (FSDP2, recipe(optim="sgd"))],
+        [(FSDP2, recipe(optim="paged_adamw_8bit")), (FSDP2, recipe(optim="adafactor")),
+         (fsdp1(), recipe(optim="adamw_8bit")), (fsdp1(), recipe(optim="adafactor"))],
+        [(SINGLE, recipe(optim="paged_adamw_8bit")), (FSDP2, recipe(optim="sgd")), (fsdp1(), RECIPE),
+         (fsdp1(), recipe(optim="adamw_8bit", save_only_model=True)),
+         (fsdp1(), recipe(optim="paged_adamw_8bit", save_strategy="no"))],
+    ),
+    "one_format_is_chosen": (
+        [(FSDP2, recipe(int8_type="linear")), (FSDP2, recipe(hqq_nbits=3)), (FSDP2, recipe(hqq_group_size=64)),
+         (FSDP2, {**recipe(int8_type="dynamic", hqq_nbits=4), "load_in_4bit": False})],
+        [(FSDP2, {**recipe(int8_type="linear", int8_block_size=64), "load_in_4bit": False}),
+         (FSDP2, {**recipe(hqq_nbits=3, hqq_axis=0), "load_in_4bit": False})],
+    ),
+    "fsdp1_offloads_flat_parameters": (
+        [(fsdp1(fsdp_offload_params=True, fsdp_use_orig_params=True), RECIPE)],
+        [(fsdp1(fsdp_offload_params=True, fsdp_use_orig_params=False), RECIPE),
+         (fsdp1(fsdp_use_orig_params="true"), recipe(offload="base")), (fsdp1(fsdp_use_orig_params=True), RECIPE),
+         (fsdp2(fsdp_offload_params=True, fsdp_use_orig_params=True), RECIPE)],
     ),
     "layerwise_optimizer_runs_alone": (
         [(FSDP2, recipe(optim="galore_adamw_layerwise"))],

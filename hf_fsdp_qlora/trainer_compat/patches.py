@@ -31,7 +31,6 @@ from hf_fsdp_qlora.trainer_compat.evaluation import patched_evaluate
 from hf_fsdp_qlora.trainer_compat.full_training import WHOLE_MODEL_PATCHES
 from hf_fsdp_qlora.trainer_compat.logs import with_log_sources
 from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment
-from hf_fsdp_qlora.trainer_compat.optimizers import check_optimizer
 from hf_fsdp_qlora.trainer_compat.unfinished import patched_get_last_checkpoint, patched_save_checkpoint
 from hf_fsdp_qlora.trainer_compat.wrapping import (
     patched_create_optimizer,
@@ -95,7 +94,8 @@ def _patched_create_accelerator(stock: Any) -> Any:
 
 
 def _check_settings(trainer: Trainer, attached: Attachment) -> None:
-    names = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "save_on_each_node")
+    names = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "optim", "save_on_each_node",
+             "save_only_model", "save_strategy")  # fmt: skip
     launched = launched_config(attached.engine, trainer.accelerator.device)
     raise_for(apply_rules(TRAINER_RULES, Run(launched, {name: getattr(trainer.args, name) for name in names})))
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
@@ -114,7 +114,6 @@ def _check_settings(trainer: Trainer, attached: Attachment) -> None:
     formats = [m.backend.format for m in model.modules() if isinstance(m, QuantizedLinear)]
     four_bit = any(2 * rows.code_bytes <= rows.row_size for rows in formats)
     check_mixed_precision(attached.precision, trainer.accelerator.mixed_precision, four_bit=four_bit)
-    check_optimizer(trainer.args, attached.engine)
     if attached.engine == "fsdp1" and plugin is not None and "FULL" not in str(plugin.state_dict_type):
         raise ConfigError(
             f"fsdp_state_dict_type: {plugin.state_dict_type.name} with FSDP1 cannot be resumed by another engine. Set "

@@ -1,0 +1,83 @@
+"""FSDP1 with offloaded units. torch pins what it offloads, which needs an accelerator: `load_model` refuses it on the
+CPU, and here pinning does nothing, so that the rest of torch's path runs. Reference: the same without offload."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_fsdp_qlora import fsdp1
+from hf_fsdp_qlora.engine import check_offload
+from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.export import gather_adapter
+from hf_fsdp_qlora.integrity import check_integrity
+from hf_fsdp_qlora.loading import load_model
+from hf_fsdp_qlora.precision import resolve_precision
+from hf_fsdp_qlora.sharding import FullyShardedDataParallel
+from hf_fsdp_qlora.skeleton import decoder_layers
+from tests.distributed import run_distributed
+from tests.test_fsdp1 import FSDP1
+from tests.test_loading import LORA, batch, nf4
+from tests.tiny_models import save_tiny_model
+
+
+def train(path: str, offload: Any, use_orig_params: bool) -> dict[str, Any]:
+    """Three steps with clipping; what each unit offloads, and the adapter in the end."""
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
+    torch.cpu.Stream.synchronize = lambda _: None  # type: ignore[attr-defined]
+    model: Any = load_model(path, quantization_config=nf4(), peft_config=LORA, precision="fp32")
+    precision, device = resolve_precision("fp32"), torch.device("cpu")
+    layers = decoder_layers(model.get_base_model())
+    arguments = fsdp1.unit_arguments(model, layers, precision=precision, offload=offload, device=device)
+    root: Any = fsdp1.wrap(model, arguments, use_orig_params=use_orig_params)
+    root.train()
+    optimizer = torch.optim.AdamW([p for p in root.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = root(**batch()).loss
+        loss.backward()
+        root.clip_grad_norm_(0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    handles: list[Any] = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(root) if unit is not root]
+    offloads = {(handle.flat_param.requires_grad, handle._offload_params) for handle in handles if handle is not None}
+    return {
+        "losses": losses, "rows": check_integrity(root), "adapter": gather_adapter(model), "offloads": offloads,
+        "root": root._handle._offload_params,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "orig"])
+def test_offloaded_units_train_as_without_offload(use_orig_params: bool, tmp_path: Path) -> None:
+    path = str(save_tiny_model(tmp_path, "llama"))
+    plain, base, everything = (
+        run_distributed(train, path, offload, use_orig_params, env=FSDP1) for offload in ("none", "base", "all")
+    )
+    # (trained, offloaded) of the units inside the root; the root holds embeddings and head.
+    assert plain[0]["offloads"] == {(True, False), (False, False)} and not plain[0]["root"]
+    assert base[0]["offloads"] == {(True, False), (False, True)} and not base[0]["root"]
+    assert everything[0]["offloads"] == {(True, True), (False, True)} and everything[0]["root"]
+    assert all(equal(*pair) for pair in zip(base, plain, strict=True))
+    # What validation_launch_rules.fsdp1_offloads_flat_parameters refuses, and why.
+    assert all(equal(*pair) is not use_orig_params for pair in zip(everything, plain, strict=True))
+
+
+def equal(result: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Losses, rows and adapters, bit by bit."""
+    assert result["adapter"].keys() == expected["adapter"].keys() and result["rows"] == expected["rows"] > 0
+    same = all(torch.equal(result["adapter"][key], value) for key, value in expected["adapter"].items())
+    return same and result["losses"] == expected["losses"]
+
+
+def test_fsdp1_offload_is_refused_where_torch_cannot_pin() -> None:
+    for offload in ("base", "all"):
+        with pytest.raises(ConfigError, match=f"offload='{offload}' with FSDP1 needs an accelerator: torch pins"):
+            check_offload(offload, "fsdp1", torch.device("cpu"))  # type: ignore[arg-type]
+        check_offload(offload, "fsdp1", torch.device("cuda"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=re.escape("offload_pin_memory=False with FSDP1 cannot be honoured")):
+        check_offload("base", "fsdp1", torch.device("cuda"), pin_memory=False)
