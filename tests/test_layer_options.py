@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_fsdp_qlora import load_model
 from hf_fsdp_qlora.errors import ConfigError
@@ -31,7 +33,7 @@ def step(model: PeftModel) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def test_limited_checkpointing_recomputes_the_first_layers_only(model: PeftModel) -> None:
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     layers = decoder_layers(base)
     runs = [0] * len(layers)
     for index, layer in enumerate(layers):
@@ -58,7 +60,7 @@ def test_limited_checkpointing_recomputes_the_first_layers_only(model: PeftModel
 def test_compiled_layers_compute_the_same(model: PeftModel, checkpointing: bool) -> None:
     """In float32: what differs is the order of sums in fused kernels."""
     expected = step(model)
-    layers = decoder_layers(model.get_base_model())
+    layers = decoder_layers(cast(PreTrainedModel, model.get_base_model()))
     compile_layers(layers)
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -73,7 +75,7 @@ def test_compiled_layers_compute_the_same(model: PeftModel, checkpointing: bool)
 def test_load_model_takes_both_options(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, "llama")
     model = load_model(folder, peft_config=LoraConfig(), fsdp="none", compile_layers=True, checkpoint_layers=1)
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     layers = decoder_layers(base)
     assert all(layer._compiled_call_impl is not None for layer in layers)
     base.gradient_checkpointing_enable()
@@ -81,13 +83,13 @@ def test_load_model_takes_both_options(tmp_path: Path) -> None:
 
 
 def test_compiling_under_fsdp_is_refused(model: PeftModel) -> None:
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     with pytest.raises(ConfigError, match="compile_layers=True under fsdp2"):
         set_layer_options(base, decoder_layers(base), engine="fsdp2", compiled=True, checkpointed=None)
 
 
 def test_impossible_counts_are_refused(model: PeftModel) -> None:
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     layers = decoder_layers(base)
     with pytest.raises(ConfigError, match=f"the model has {len(layers)} decoder layers"):
         limit_checkpointing(base, layers, len(layers) + 1)
