@@ -10,6 +10,7 @@ dtype.
 | FSDP2, one rank | U | H (2H if it is copied from the host or cast) | H | H | U | U |
 | FSDP2, rows | 2U | 2H | 2H | H | U + A | U + E |
 | FSDP2, 16-bit weights | 2U | 2H | 2H | H | 2U + A | U + E |
+| FSDP2, rotary | U, 2U with several ranks | 0 | 0 | 0 | U | U |
 | FSDP1, one rank | 0 | 0 | 0 | 0 | 0 | 0 |
 | FSDP1 | R + U | R | R | R | R + 2U | R + U |
 
@@ -52,6 +53,9 @@ def gathered_bytes(shape: ModelShape, settings: MemorySettings) -> dict[str, int
         return dict.fromkeys(moments, 0)
     dtype, several = DTYPE_BYTES[settings.dtype], settings.shards > 1
     layer, reducing = layer_weight_bytes(shape, settings), _reducing_bytes(shape, settings)
+    if settings.method == "rotary":  # FSDP has the rows alone
+        forward = 2 * layer if several else layer
+        return dict(zip(moments, (forward, 0, 0, 0, layer, layer), strict=True))
     embedding, tail = shape.embedding_numel * dtype, shape.outside_other_numel * dtype
     if shape.head_numel:
         tail += shape.head_numel * dtype

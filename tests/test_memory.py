@@ -352,6 +352,7 @@ def test_gathered_bytes_follow_the_engine() -> None:
     assert rows < one[LAYER_MOMENT] < two[LAYER_MOMENT] < 1.1 * rows
     assert moments(gpus=2, method="lora")[LAYER_MOMENT] > 2 * layer_weight_bytes(shape, MemorySettings(method="lora"))
     assert moments(gpus=4, replicas=4) == one
+    assert moments(gpus=2, method="rotary")[HEAD_MOMENT] == 0
     assert estimate_memory(shape, gpus=4, replicas=2).gpu["weights"] == estimate_memory(shape, gpus=2).gpu["weights"]
     with pytest.raises(ConfigError, match="replicas=3"):
         MemorySettings(gpus=4, replicas=3)
