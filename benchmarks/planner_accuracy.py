@@ -138,7 +138,7 @@ def one(run: Run, folder: Path, written: Future[None], room: Room) -> tuple[Memo
     """A configuration in processes of its own, once its checkpoint is there and the GPU has room."""
     written.result()
     estimate = estimate_memory(model_shape(str(folder)), **run.settings)
-    needed = run.ranks * (max(estimate.needed_bytes, estimate.loading_peak_bytes) + GIB)
+    needed = run.ranks * (estimate.needed_bytes + GIB)
     with room.for_bytes(needed):
         results = run_ranks(
             measure, str(folder), estimate.settings, world_size=run.ranks, env=run.env,

@@ -81,8 +81,8 @@ class MemoryEstimate:
 
     @property
     def needed_bytes(self) -> int:
-        """What a card must have."""
-        return self.peak_bytes + self.overhead_bytes
+        """What a card must have, for training and for loading."""
+        return max(self.peak_bytes, self.loading_peak_bytes) + self.overhead_bytes
 
     def fits(self, gpu_memory_bytes: float) -> bool:
         """Whether a card of that size is enough."""

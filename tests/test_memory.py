@@ -331,6 +331,15 @@ def test_loading_holds_one_tensor_and_little_more() -> None:
     assert above(engine="none", quant_format="int8") == pytest.approx((2 + 9) * largest, rel=0.01)
 
 
+def test_a_card_must_hold_the_loading_too() -> None:
+    """Everything offloaded and short sequences: what hqq needs for one tensor is the most there is."""
+    shape = model_shape(LlamaConfig(**LLAMA_70B | dict(vocab_size=32000)))
+    estimate = estimate_memory(shape, quant_format="hqq", offload="all", seq_len=256)
+    assert estimate.loading_peak_bytes > estimate.peak_bytes
+    assert estimate.needed_bytes == estimate.loading_peak_bytes + estimate.overhead_bytes
+    assert not estimate.fits(estimate.loading_peak_bytes)
+
+
 def test_gathered_bytes_follow_the_engine() -> None:
     shape = model_shape(LlamaConfig(**LLAMA_8B))
     rows = layer_weight_bytes(shape, MemorySettings())
