@@ -124,7 +124,7 @@ class RotaryOptimizer(torch.optim.Optimizer):
             state = self._moments.take(name, self._active.device)
             for piece, own in zip(pieces, split_state(state, [piece.numel for piece in pieces]), strict=True):
                 if own:
-                    self._inner.state[piece.key] = own
+                    self._inner.state[piece.key] = self._with_counters(own, piece.group)
 
     def retire(self, names: Iterable[str], *, keep: bool) -> None:
         """Stop training parameters that are about to be parked.
@@ -162,7 +162,8 @@ class RotaryOptimizer(torch.optim.Optimizer):
             inner["lr"] = outer["lr"] * self.learning_rate_factor
         generator = torch.Generator(self._active.device)
         generator.manual_seed((self._seed * 1_000_003 + self.step_number) * 65_537 + rank())
-        pieces = [piece for of_name in self._pieces.values() for piece in of_name]
+        # In the order of the model, not of adoption: a resumed run must draw the same numbers for the same weights.
+        pieces = [piece for name in self._active.parameters if name in self._pieces for piece in self._pieces[name]]
         for batch in _batches([piece for piece in pieces if piece.active.gradient() is not None]):
             self._step(batch, generator)
         self.step_number += 1
@@ -181,6 +182,13 @@ class RotaryOptimizer(torch.optim.Optimizer):
             if not piece.active.is_view:
                 piece.active.write(piece.key.data, piece.start, generator)
             piece.key.data, piece.key.grad = piece.key.data.new_empty(0), None
+
+    def _with_counters(self, state: dict[str, Any], group: int) -> dict[str, Any]:
+        """torch's optimizers count steps in a tensor on the CPU, the fused and capturable ones on the device."""
+        settings = self._inner.param_groups[group]
+        if settings.get("fused") or settings.get("capturable"):
+            return state
+        return {key: v.cpu() if isinstance(v, Tensor) and v.dim() == 0 else v for key, v in state.items()}
 
     def _cut(self, active: ActiveSlice) -> Iterator[_Piece]:
         numel = active.values.numel()
