@@ -11,5 +11,5 @@ SHIPPED_FOLDERS = {"hf_fsdp_qlora.accelerate_configs": "accelerate_configs", "hf
 setup(
     packages=[*find_packages(include=["hf_fsdp_qlora", "hf_fsdp_qlora.*"]), *SHIPPED_FOLDERS],
     package_dir=SHIPPED_FOLDERS,
-    package_data={name: ["*.yaml", "*/*.yaml", "*/*.py", "*/*.ipynb"] for name in SHIPPED_FOLDERS},
+    package_data={name: ["*.yaml", "*/*.yaml", "*/*.py", "*/*.ipynb", "*/*.slurm"] for name in SHIPPED_FOLDERS},
 )

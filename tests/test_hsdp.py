@@ -92,7 +92,7 @@ def test_nodes_with_different_checkpoints_are_refused(changed: str, model_path: 
     assert all("the first is " + changed in error and "same checkpoint" in error for error in errors)
 
 
-RUN: dict[str, Any] = dict(max_steps=4, gradient_accumulation_steps=2, lora=dict(r=2))
+RUN: dict[str, Any] = dict(max_steps=4, gradient_accumulation_steps=2, learning_rate=1e-3, lora=dict(r=2))
 """r=2 over 2 shards: whole rows. The dataset's 32 samples are 4 steps of 8."""
 
 

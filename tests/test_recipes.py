@@ -27,7 +27,7 @@ ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").rglob("*.yaml"))
 
 def test_every_recipe_and_config_is_found() -> None:
     assert len(RECIPES) == len(recipe_names()) == 8
-    assert len(ACCELERATE_CONFIGS) == len(accelerate_config_names()) == 7
+    assert len(ACCELERATE_CONFIGS) == len(accelerate_config_names()) == 8
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -45,7 +45,7 @@ def test_recipe_loads_and_its_header_says_what_it_needs(path: Path) -> None:
 def test_accelerate_reads_the_config_and_sets_fsdp(path: Path) -> None:
     config = load_config_from_file(str(path))
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "x.py"]))
-    assert args.use_fsdp == ("fsdp" in path.stem)
+    assert args.use_fsdp == ("fsdp" in path.stem or path.stem == "multi_node")
     for part in ("For:", "Needs:", "Run:"):
         assert part in path.read_text()
     if args.use_fsdp:
@@ -60,6 +60,8 @@ def test_accelerate_reads_the_config_and_sets_fsdp(path: Path) -> None:
         assert env["FSDP_OFFLOAD_PARAMS"] == str("offload" in path.stem).lower()
         known = vars(launch_command_parser().parse_args(["x.py"]))
         assert not set(config.fsdp_config) - set(known)
+        replicas, shards = (env.get(f"PARALLELISM_CONFIG_DP_{name}_SIZE", "1") for name in ("REPLICATE", "SHARD"))
+        assert (replicas, shards) == (("2", "8") if path.stem == "multi_node" else ("1", "1"))
 
 
 def test_configs_are_found_by_name_with_the_nearest_name_in_the_error() -> None:
