@@ -57,15 +57,17 @@ def check_integrity(model: nn.Module, *, max_groups: int | None = None) -> int:
     damaged: list[tuple[str, int]] = []
     compared = 0
     for group in islice(gathered_rows(model), max_groups):
+        counts: dict[str, Tensor] = {}  # on the device until the whole group is done: each read would wait for it
         for layer in group:
             expected = layer.row_fingerprints
             if expected is None:
                 continue
             now = fingerprint(as_bytes(layer.weight.detach()), as_bytes(layer.weight_stats.detach()))
-            wrong = int((now != expected.to(now.device)).sum())
+            counts[names[id(layer)]] = (now != expected.to(now.device)).sum()
             compared += len(now)
-            if wrong:
-                damaged.append((names[id(layer)], wrong))
+        if counts:
+            found = torch.stack([*counts.values()]).tolist()
+            damaged += [(name, wrong) for name, wrong in zip(counts, found, strict=True) if wrong]
     with same_outcome("the integrity check of the quantised weights"):
         if damaged:
             raise IntegrityError(
