@@ -28,6 +28,26 @@ from hf_fsdp_qlora.linear import QuantizedLinear
 # The values of init_lora_weights that need no full weight.
 SUPPORTED_INITS = (True, False, "gaussian", "orthogonal")
 
+# How the others begin, and how to train them all the same: stock PEFT makes the start once, on a model in 16 bit.
+_CHANGES_BASE = (
+    "it moves a part of the full weight into the adapter, so the base would have to be decomposed before it is "
+    "quantised. Make it once with stock PEFT in 16 bit: get_peft_model, then peft_config['default'].init_lora_weights "
+    "= True, save_pretrained for the adapter, unload().save_pretrained for the base; load that base here, with that "
+    "adapter as adapter_name_or_path"
+)
+_NEEDS_MODEL = (
+    "it needs the full weight or training data at initialisation. Make the adapter once with stock PEFT ({how}), save "
+    "it with init_lora_weights = True in its config, and continue from it with adapter_name_or_path"
+)
+_REFUSED_INITS = {
+    "pissa": _CHANGES_BASE,
+    "olora": _CHANGES_BASE,
+    "corda": _CHANGES_BASE,
+    "lora_ga": _CHANGES_BASE,
+    "loftq": _NEEDS_MODEL.format(how="replace_lora_weights_loftq, which leaves the quantised base as it is"),
+    "eva": _NEEDS_MODEL.format(how="initialize_lora_eva_weights"),
+}
+
 # Variants of LoRA that work over rows.
 SUPPORTED_VARIANTS = ("use_dora",)
 
@@ -151,9 +171,11 @@ def _field_problems(config: LoraConfig) -> Iterable[str]:
 def _init_problems(config: LoraConfig) -> Iterable[str]:
     init = config.init_lora_weights.lower() if isinstance(config.init_lora_weights, str) else config.init_lora_weights
     if init not in SUPPORTED_INITS:
+        known = [reason for name, reason in _REFUSED_INITS.items() if str(init).startswith(name)]
+        why = known[0] if known else "this initialisation is not known here"
         yield (
-            f"init_lora_weights={config.init_lora_weights!r}: it needs the full weight or training data at "
-            f"initialisation. Use one of {', '.join(map(repr, SUPPORTED_INITS))}"
+            f"init_lora_weights={config.init_lora_weights!r}: {why}. Or use one of "
+            f"{', '.join(map(repr, SUPPORTED_INITS))}"
         )
     odd = sorted({rank for rank in (config.r, *(config.rank_pattern or {}).values()) if rank % 2})
     if init == "orthogonal" and odd:

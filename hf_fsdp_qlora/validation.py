@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hf_fsdp_qlora.engine import Engine
 
 DEFAULTS: dict[str, Any] = {
+    "rotary_active": None,
+    "activation_offloading": False,
     "adapter_name_or_path": None, "adapter_dtype": "float32", "assistant_only_loss": False,
     "attn_implementation": None, "bf16": None, "bnb_4bit_blocksize": 64, "bnb_4bit_quant_storage": None,
     "completion_only_loss": None, "dataset_format": None,

@@ -194,7 +194,19 @@ def something_is_trained(run: Run) -> Problem | None:
     return Problem(
         "use_peft", run.get("use_peft"),
         "Quantised weights are frozen, and without an adapter nothing would be trained.",
-        "Set use_peft: true, or adapter_name_or_path to continue from a saved adapter.",
+        "Set use_peft: true, or adapter_name_or_path to continue from a saved adapter, or rotary_active to train the "
+        "weights themselves.",
+    )  # fmt: skip
+
+
+def activation_offloading_has_an_accelerator(run: Run) -> Problem | None:
+    """TRL's OffloadActivations asks torch for the current accelerator's type and fails on None (AttributeError)."""
+    if not run.get("activation_offloading") or not is_true(run.accelerate.get("use_cpu")):
+        return None
+    return Problem(
+        "activation_offloading", True,
+        "On the CPU activations are in host memory already; TRL asks for an accelerator and fails.",
+        "Remove activation_offloading.",
     )  # fmt: skip
 
 
@@ -219,7 +231,7 @@ TRAINER_RULES: tuple[Rule, ...] = (checkpointing_suits_ddp, adapter_is_saved_onc
 
 RULES: tuple[Rule, ...] = (
     *LAUNCH_RULES, fsdp1_has_gpus, dtype_agrees_with_mixed_precision, sync_module_states_is_on,
-    checkpointing_happens_once, *TRAINER_RULES, one_format_is_chosen,
+    checkpointing_happens_once, *TRAINER_RULES, activation_offloading_has_an_accelerator, one_format_is_chosen,
     layerwise_optimizer_runs_alone, trainer_has_no_fsdp_of_its_own, packed_samples_stay_apart, packing_has_a_length,
     best_model_can_be_loaded, something_is_trained,
 )  # fmt: skip

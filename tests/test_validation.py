@@ -123,6 +123,10 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
          (fsdp1(), recipe(optim="adamw_8bit", save_only_model=True)),
          (fsdp1(), recipe(optim="paged_adamw_8bit", save_strategy="no"))],
     ),
+    "activation_offloading_has_an_accelerator": (
+        [({**FSDP2, "use_cpu": True}, recipe(activation_offloading=True))],
+        [(FSDP2, recipe(activation_offloading=True)), ({**FSDP2, "use_cpu": True}, RECIPE)],
+    ),
     "one_format_is_chosen": (
         [(FSDP2, recipe(int8_type="linear")), (FSDP2, recipe(hqq_nbits=3)), (FSDP2, recipe(hqq_group_size=64)),
          (FSDP2, {**recipe(int8_type="dynamic", hqq_nbits=4), "load_in_4bit": False})],
