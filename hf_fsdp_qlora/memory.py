@@ -84,13 +84,19 @@ class MemoryEstimate:
         """What a card must have, for training and for loading."""
         return max(self.peak_bytes, self.loading_peak_bytes) + self.overhead_bytes
 
-    def fits(self, gpu_memory_bytes: float) -> bool:
-        """Whether a card of that size is enough."""
-        return self.needed_bytes <= gpu_memory_bytes
+    @property
+    def host_needed_bytes(self) -> int:
+        """What a node must have; offloaded tensors are pinned, so their rounded sizes count."""
+        return self.host["processes"] + self.host["masters"] + max(self.host["pinned"], self.host["loading"])
+
+    def fits(self, gpu_memory_bytes: float, host_memory_bytes: float | None = None) -> bool:
+        """Whether cards of that size are enough, and a node of that memory if it is given."""
+        enough_host = host_memory_bytes is None or self.host_needed_bytes <= host_memory_bytes
+        return self.needed_bytes <= gpu_memory_bytes and enough_host
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "needed_bytes": self.needed_bytes}
+        return {**asdict(self), "needed_bytes": self.needed_bytes, "host_needed_bytes": self.host_needed_bytes}
 
 
 def estimate_memory(

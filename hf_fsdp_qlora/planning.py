@@ -39,7 +39,8 @@ def largest_seq_len(shape: ModelShape, settings: MemorySettings, gpu_memory_byte
 def cheapest_change(
     shape: ModelShape, settings: MemorySettings, gpu_memory_bytes: float, host_memory_bytes: float | None = None
 ) -> tuple[str, MemoryEstimate] | None:
-    """What to change so that the run fits: the cheapest single change, else the shortest series of changes.
+    """What to change so that the run fits: the cheapest single change, else the shortest series of changes, else
+    another method.
 
     Args:
         host_memory_bytes: memory of a node; changes that need more are not proposed. None does not limit them.
@@ -50,12 +51,9 @@ def cheapest_change(
 
     def tried(changed: MemorySettings) -> MemoryEstimate | None:
         estimate = estimate_memory(shape, changed)
-        # Offloaded tensors are pinned; a host must hold the rounded sizes.
-        host = estimate.host["processes"] + max(estimate.host["pinned"], estimate.host["loading"])
-        enough_host = host_memory_bytes is None or host <= host_memory_bytes
-        return estimate if estimate.fits(gpu_memory_bytes) and enough_host else None
+        return estimate if estimate.fits(gpu_memory_bytes, host_memory_bytes) else None
 
-    for words, change in _CHANGES:
+    for words, change in (_ON_THE_GPU, *_CHANGES):
         changed = change(settings)
         estimate = tried(changed) if changed is not None else None
         if estimate is not None:
@@ -71,7 +69,10 @@ def cheapest_change(
         estimate = tried(current)
         if estimate is not None:
             return "; ".join(series), estimate
-    return None
+    words, change = _ANOTHER_METHOD
+    changed = change(settings)
+    estimate = tried(changed) if changed is not None else None
+    return (words, estimate) if estimate is not None else None
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
@@ -110,6 +111,25 @@ def _quantize(settings: MemorySettings) -> MemorySettings | None:
     return replace(settings, method="qlora") if settings.method == "lora" else None
 
 
+def _four_bits(settings: MemorySettings) -> MemorySettings | None:
+    if settings.method != "qlora" or settings.quant_format != "int8":
+        return None
+    return replace(settings, quant_format="nf4", block_size=None)
+
+
+def _half_masters(settings: MemorySettings) -> MemorySettings | None:
+    if settings.method != "rotary" or settings.master_dtype == "bfloat16":
+        return None
+    return replace(settings, master_dtype="bfloat16")
+
+
+def _eight_bit_moments(settings: MemorySettings) -> MemorySettings | None:
+    # Not on the shards of FSDP; rotary training keeps its own, whole ones.
+    if settings.engine.startswith("fsdp") and settings.method != "rotary":
+        return None
+    return replace(settings, optimizer="adamw_8bit") if settings.optimizer.startswith("adamw_torch") else None
+
+
 def _offload(where: str) -> Callable[[MemorySettings], MemorySettings | None]:
     def change(settings: MemorySettings) -> MemorySettings | None:
         if settings.method in ("full", "rotary") or settings.offload in (where, "all"):
@@ -128,15 +148,25 @@ def _to_qlora(settings: MemorySettings) -> MemorySettings | None:
     return replace(settings, method="qlora") if settings.method in ("full", "rotary") else None
 
 
+def _no_offload(settings: MemorySettings) -> MemorySettings | None:
+    return replace(settings, offload="none") if settings.offload != "none" else None
+
+
+_ON_THE_GPU: Change = ("keep everything on the GPUs (offload: none), which is faster too", _no_offload)
+"""By itself only: a series that offloads would take it back."""
 _CHANGES: tuple[Change, ...] = (
     ("double quantisation (use_bnb_nested_quant: true)", _double_quant),
     ("a batch of 1 with more accumulation (the same global batch)", _batch_of_one),
     ("gradient checkpointing (gradient_checkpointing: true), about a third more time", _checkpointing),
     ("shard with FSDP2 instead of DDP (accelerate_configs/fsdp2.yaml)", _shard),
+    ("8-bit moments (optim: adamw_8bit)", _eight_bit_moments),
+    ('bfloat16 masters, rounded stochastically (RotaryConfig(master_dtype="bfloat16"))', _half_masters),
+    ("4 bits in place of 8 for the base (load_in_4bit: true)", _four_bits),
     ("quantise the base (load_in_4bit: true)", _quantize),
     ('keep the quantised rows in host memory (load_model(offload="base"))', _offload("base")),
     ("keep all parameters in host memory (accelerate_configs/fsdp2_offload.yaml)", _offload("all")),
     ("half the sequence length", _shorter),
-    ("train adapters on a 4-bit base (QLoRA) instead of all weights", _to_qlora),
 )
-"""From what changes nothing in the result to what changes the method."""
+"""From what changes nothing in the result to what changes it most."""
+_ANOTHER_METHOD: Change = ("train adapters on a 4-bit base (QLoRA) instead of all weights", _to_qlora)
+"""The last resort, after every series of the others."""

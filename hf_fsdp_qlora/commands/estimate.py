@@ -67,7 +67,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the estimate. Exit status 1 if a card's memory was given and the run does not fit."""
+    """Print the estimate. Exit status 1 if a card's memory was given and the run does not fit it, or its node."""
     from hf_fsdp_qlora.memory import estimate_memory
     from hf_fsdp_qlora.model_shape import model_shape
     from hf_fsdp_qlora.planning import cheapest_change, largest_batch_size, largest_seq_len
@@ -78,13 +78,13 @@ def run(args: argparse.Namespace) -> int:
     estimate = estimate_memory(shape, settings)
     answer: dict[str, Any] = {"model": args.model, **estimate.as_dict()}
     if gpu_memory is not None:
-        fits = estimate.fits(gpu_memory)
+        fits = estimate.fits(gpu_memory, host_memory)
         answer["fits"] = fits
         answer["largest_batch_size"] = largest_batch_size(shape, settings, gpu_memory)
         answer["largest_seq_len"] = largest_seq_len(shape, settings, gpu_memory)
         change = None if fits else cheapest_change(shape, settings, gpu_memory, host_memory)
         answer["cheapest_change"] = change[0] if change else None
-    print(json.dumps(answer, indent=2) if args.json else _describe(answer, gpu_memory))
+    print(json.dumps(answer, indent=2) if args.json else _describe(answer, gpu_memory, host_memory))
     return 0 if answer.get("fits", True) else 1
 
 
@@ -115,7 +115,7 @@ def _settings(args: argparse.Namespace) -> MemorySettings:
     return MemorySettings(**values)
 
 
-def _describe(answer: dict[str, Any], gpu_memory: int | None) -> str:
+def _describe(answer: dict[str, Any], gpu_memory: int | None, host_memory: int | None) -> str:
     settings = answer["settings"]
     lines = [
         f"{answer['model']}: {answer['total_parameters'] / 1e9:.2f} billion parameters, "
@@ -131,6 +131,7 @@ def _describe(answer: dict[str, Any], gpu_memory: int | None) -> str:
         f"  {'peak while loading':28s}{_gib(answer['loading_peak_bytes'])}",
         "per node",
         *(f"  {name:28s}{_gib(size)}" for name, size in answer["host"].items() if size),
+        f"  {'needed':28s}{_gib(answer['host_needed_bytes'])}",
         "on disk",
         *(f"  {name.replace('_', ' '):28s}{_gib(size)}" for name, size in answer["disk"].items()),
     ]
@@ -138,9 +139,10 @@ def _describe(answer: dict[str, Any], gpu_memory: int | None) -> str:
     lines.append(f"Activations {other} gradient checkpointing: {answer['activations_other_bytes'] / GIB:.2f} GiB")
     if gpu_memory is not None:
         verdict = "fits" if answer["fits"] else "DOES NOT FIT"
+        node = f" in a node of {host_memory / GIB:.1f} GiB" if host_memory is not None else ""
         largest = f"largest batch at this length {answer['largest_batch_size']}"
         longest = f"longest sequence at this batch {answer['largest_seq_len']}"
-        lines.append(f"{verdict} a card of {gpu_memory / GIB:.1f} GiB; {largest}, {longest}.")
+        lines.append(f"{verdict} a card of {gpu_memory / GIB:.1f} GiB{node}; {largest}, {longest}.")
         if not answer["fits"]:
             lines.append(f"Cheapest change that fits: {answer['cheapest_change'] or 'none that the planner knows'}.")
     return "\n".join(lines)
