@@ -124,6 +124,12 @@ class Run:
         return int(self.accelerate.get("num_processes") or 1)
 
     @property
+    def replicas(self) -> int:
+        """Copies of the model under HSDP, 1 elsewhere."""
+        sizes = self.accelerate.get("parallelism_config") or {}
+        return int(sizes.get("parallelism_config_dp_replicate_size", 1)) if self.fsdp_version == 2 else 1
+
+    @property
     def offload(self) -> str:
         """What lives in host memory: the recipe's word, else accelerate's flag."""
         wanted = self.get("offload")

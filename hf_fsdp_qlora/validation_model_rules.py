@@ -95,7 +95,8 @@ def memory_settings(run: Run) -> MemorySettings | None:
     values: dict[str, Any] = dict(
         method="qlora" if run.get("load_in_4bit") else "lora",
         engine=engines.get(run.distributed_type, "none"),
-        gpus=max(1, run.num_processes // nodes), nodes=nodes, offload=run.offload, dtype=run.dtype or "bfloat16",
+        gpus=max(1, run.num_processes // nodes), nodes=nodes, replicas=run.replicas,
+        offload=run.offload, dtype=run.dtype or "bfloat16",
         adapter_dtype=run.get("adapter_dtype"), block_size=int(run.get("bnb_4bit_blocksize")),
         double_quant=bool(run.get("use_bnb_nested_quant")), lora_r=int(run.get("lora_r")),
         lora_dropout=float(run.get("lora_dropout")), optimizer=optimizer, batch_size=batch_size,
