@@ -1,4 +1,4 @@
-"""The planner's arithmetic: what each method, format, engine and placement costs, what fits and what would make it fit."""
+"""The planner's arithmetic: what methods, formats, engines and placements cost, and what would make a run fit."""
 
 from __future__ import annotations
 
