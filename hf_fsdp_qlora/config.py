@@ -29,6 +29,7 @@ import yaml
 
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.resources import find_recipe
+from hf_fsdp_qlora.rotary_arguments import RotaryArguments
 
 if TYPE_CHECKING:
     from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
@@ -189,6 +190,11 @@ class Recipe:
         """What TRL has no field for."""
         return self._build(QLoraArguments)
 
+    @cached_property
+    def rotary_args(self) -> RotaryArguments:
+        """Rotary training, where `rotary_active` is set."""
+        return self._build(RotaryArguments)
+
     def _build(self, class_: Any, **defaults: Any) -> Any:
         names = {field_.name for field_ in dataclasses.fields(class_) if field_.init}
         return class_(**{**defaults, **{key: value for key, value in self.values.items() if key in names}})
@@ -247,7 +253,7 @@ def recipe_fields() -> dict[str, dataclasses.Field]:
 def _dataclasses() -> tuple[Any, ...]:
     from trl import ModelConfig, ScriptArguments, SFTConfig
 
-    return ScriptArguments, SFTConfig, ModelConfig, QLoraArguments
+    return ScriptArguments, SFTConfig, ModelConfig, QLoraArguments, RotaryArguments
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

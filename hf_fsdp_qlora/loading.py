@@ -144,7 +144,7 @@ def load_model(
     with same_outcome("preparing the model"):
         placement = resolve_offload(offload)
         if rotary is not None:
-            check_alone(peft_config, adapter_name_or_path)
+            check_alone(peft_config, adapter_name_or_path, compile_layers=compile_layers)
             quantization_config = quantization_config or rotary.frozen_format
         check = partial(
             check_settings, engine=engine, device=device, numbers=numbers, offload=placement,

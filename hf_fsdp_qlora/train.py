@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from hf_fsdp_qlora.expand import Expansion
+    from hf_fsdp_qlora.rotary.config import RotaryConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,11 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     missing = [key for key in ("model_name_or_path", "dataset_name") if not recipe.get(key)]
     if missing:
         raise ConfigError(f"{recipe.path} does not set {' and '.join(missing)}. Set it there or with --{missing[0]}.")
-    if not recipe.get("use_peft") and not recipe.get("adapter_name_or_path"):
-        raise ConfigError("Nothing would be trained. Set use_peft: true for a new adapter, or adapter_name_or_path.")
+    if not any(recipe.get(key) for key in ("use_peft", "adapter_name_or_path", "rotary_active")):
+        raise ConfigError(
+            "Nothing would be trained. Set use_peft: true for a new adapter, or adapter_name_or_path, or "
+            "rotary_active to train the weights themselves."
+        )
     return recipe
 
 
@@ -174,6 +178,20 @@ def adapter_config(recipe: Recipe) -> PeftConfig | None:
     if recipe.get("train_new_layers"):
         return new_layers_config(_expansion(recipe))
     return get_peft_config(recipe.model_args)
+
+
+def rotary_config(recipe: Recipe) -> RotaryConfig | None:
+    """What `rotary_active` and its companions ask for, with the run's seed; None where it is not set.
+
+    Raises:
+        ConfigError: a value cannot be.
+    """
+    from hf_fsdp_qlora.rotary.config import RotaryConfig
+
+    if recipe.rotary_args.rotary_active is None:
+        return None
+    values = {key.removeprefix("rotary_"): value for key, value in vars(recipe.rotary_args).items()}
+    return RotaryConfig(**values, seed=recipe.get("seed"))
 
 
 def optimizer_choice(recipe: Recipe) -> tuple[type, dict[str, Any]] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from hf_fsdp_qlora.validation import Problem, Rule, Run, is_true
 from hf_fsdp_qlora.validation_launch_rules import LAUNCH_RULES
+from hf_fsdp_qlora.validation_rotary_rules import ROTARY_RULES
 
 BITSANDBYTES_OPTIMIZERS = (
     "adamw_8bit", "adamw_bnb_8bit", "ademamix", "ademamix_8bit", "lion_32bit", "lion_8bit", "paged_adamw_32bit",
@@ -110,6 +111,8 @@ def optimizer_works_on_shards(run: Run) -> Problem | None:
     FSDP1: bitsandbytes' optimizers train, but nest their state under one key (`Optimizer8bit.state_dict`), so that
     FSDP saves rank 0's part as everybody's, and raises with use_orig_params. Adafactor trains as another algorithm,
     since a flat shard has no rows and columns to factor, and its RMS differs between the ranks."""
+    if run.get("rotary_active"):  # its optimizer never sees a DTensor (rotary/optimizer.py)
+        return None
     name, fix = _word(run.get("optim")), "Set optim: adamw_torch_fused. Its states are sharded; for adapters small."
     if run.fsdp_version == 2 and name in (*BITSANDBYTES_OPTIMIZERS, "adafactor"):
         why = "Its kernels do not take the DTensors that FSDP2 makes of parameters: the first step raises."
@@ -188,8 +191,8 @@ def best_model_can_be_loaded(run: Run) -> Problem | None:
 
 
 def something_is_trained(run: Run) -> Problem | None:
-    """recipes/sft.py refuses a recipe without an adapter."""
-    if run.get("use_peft") or run.get("adapter_name_or_path"):
+    """recipes/sft.py refuses a recipe without an adapter or rotary training."""
+    if run.get("use_peft") or run.get("adapter_name_or_path") or run.get("rotary_active"):
         return None
     return Problem(
         "use_peft", run.get("use_peft"),
@@ -233,7 +236,7 @@ RULES: tuple[Rule, ...] = (
     *LAUNCH_RULES, fsdp1_has_gpus, dtype_agrees_with_mixed_precision, sync_module_states_is_on,
     checkpointing_happens_once, *TRAINER_RULES, activation_offloading_has_an_accelerator, one_format_is_chosen,
     layerwise_optimizer_runs_alone, trainer_has_no_fsdp_of_its_own, packed_samples_stay_apart, packing_has_a_length,
-    best_model_can_be_loaded, something_is_trained,
+    best_model_can_be_loaded, something_is_trained, *ROTARY_RULES,
 )  # fmt: skip
 
 

@@ -13,7 +13,14 @@ import sys
 
 from trl import SFTTrainer
 
-from hf_fsdp_qlora import ConfigError, MemoryCallback, ThroughputCallback, WeightIntegrityCallback, load_model
+from hf_fsdp_qlora import (
+    ConfigError,
+    MemoryCallback,
+    ThroughputCallback,
+    WeightIntegrityCallback,
+    load_model,
+    prepare_rotary,
+)
 from hf_fsdp_qlora.callbacks import InterruptCallback
 from hf_fsdp_qlora.config import Recipe
 from hf_fsdp_qlora.data import load_datasets, load_tokenizer
@@ -27,6 +34,7 @@ from hf_fsdp_qlora.train import (
     parse_recipe,
     quantization_config,
     resume_point,
+    rotary_config,
     save_report,
 )
 
@@ -43,11 +51,13 @@ def main(recipe: Recipe) -> int:
         train_dataset, eval_dataset = load_datasets(recipe, tokenizer)
         checkpoint = resume_point(args)
         quantization, adapter, dtypes = quantization_config(recipe), adapter_config(recipe), numbers(recipe)
+        rotating = rotary_config(recipe)
 
     model = load_model(
         model_args.model_name_or_path,
         quantization_config=quantization,
         peft_config=adapter,
+        rotary=rotating,
         **dtypes,
         fsdp=ours.fsdp_engine,
         offload=ours.offload,
@@ -67,6 +77,11 @@ def main(recipe: Recipe) -> int:
     callbacks = [MemoryCallback(), ThroughputCallback(), interrupt]
     if ours.verify_weights:
         callbacks.append(WeightIntegrityCallback())
+    optimizer = optimizer_choice(recipe)
+    if rotating is not None:
+        rotary = prepare_rotary(model, rotating)
+        callbacks.append(rotary.callback)
+        optimizer = rotary.optimizer(args)
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -74,7 +89,7 @@ def main(recipe: Recipe) -> int:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         callbacks=callbacks,
-        optimizer_cls_and_kwargs=optimizer_choice(recipe),
+        optimizer_cls_and_kwargs=optimizer,
     )
 
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -26,7 +26,7 @@ ACCELERATE_CONFIGS = sorted((ROOT / "accelerate_configs").rglob("*.yaml"))
 
 
 def test_every_recipe_and_config_is_found() -> None:
-    assert len(RECIPES) == len(recipe_names()) == 8
+    assert len(RECIPES) == len(recipe_names()) == 9
     assert len(ACCELERATE_CONFIGS) == len(accelerate_config_names()) == 8
 
 
@@ -34,7 +34,9 @@ def test_every_recipe_and_config_is_found() -> None:
 def test_recipe_loads_and_its_header_says_what_it_needs(path: Path) -> None:
     recipe = load_recipe(path)
     formats = [recipe.get(key) for key in ("load_in_4bit", "int8_type", "hqq_nbits") if recipe.get(key)]
-    assert recipe.model_args.use_peft and len(formats) == 1 and recipe.script_args.dataset_name
+    trained = [recipe.get(key) for key in ("use_peft", "rotary_active") if recipe.get(key)]
+    assert len(trained) == 1 and recipe.script_args.dataset_name
+    assert len(formats) == (0 if recipe.get("rotary_active") else 1)
     header = path.read_text().split("model_name_or_path")[0]
     for part in ("GPUs:", "Command:", "Memory:"):
         assert part in header

@@ -24,6 +24,7 @@ FSDP2: dict[str, Any] = dict(
                      fsdp_reshard_after_forward=True, fsdp_activation_checkpointing=False),
 )  # fmt: skip
 RECIPE: dict[str, Any] = dict(use_peft=True, load_in_4bit=True, dtype="bfloat16", bf16=True, max_length=512)
+ROTARY: dict[str, Any] = dict(rotary_active="10%", dtype="bfloat16", bf16=True, max_length=512)
 DDP: dict[str, Any] = dict(distributed_type="MULTI_GPU", num_processes=2)
 SINGLE: dict[str, Any] = dict(distributed_type="NO", num_processes=1)
 
@@ -120,6 +121,7 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [(FSDP2, recipe(optim="paged_adamw_8bit")), (FSDP2, recipe(optim="adafactor")),
          (fsdp1(), recipe(optim="adamw_8bit")), (fsdp1(), recipe(optim="adafactor"))],
         [(SINGLE, recipe(optim="paged_adamw_8bit")), (FSDP2, recipe(optim="sgd")), (fsdp1(), RECIPE),
+         (FSDP2, {**ROTARY, "optim": "adamw_8bit"}),
          (fsdp1(), recipe(optim="adamw_8bit", save_only_model=True)),
          (fsdp1(), recipe(optim="paged_adamw_8bit", save_strategy="no"))],
     ),
@@ -163,7 +165,23 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
     ),
     "something_is_trained": (
         [(FSDP2, recipe(use_peft=False))],
-        [(FSDP2, recipe(use_peft=False, adapter_name_or_path="x"))],
+        [(FSDP2, recipe(use_peft=False, adapter_name_or_path="x")), (FSDP2, ROTARY)],
+    ),
+    "rotary_keys_have_rotary_active": (
+        [(FSDP2, recipe(rotary_frozen="nf4"))], [(FSDP2, {**ROTARY, "rotary_frozen": "nf4"})],
+    ),
+    "rotary_trains_alone": (
+        [(FSDP2, recipe(rotary_active="2")), (SINGLE, {**ROTARY, "load_in_4bit": True}),
+         (SINGLE, {**ROTARY, "loraplus_lr_ratio": 16.0})],
+        [(FSDP2, ROTARY), (DDP, {**ROTARY, "rotary_frozen": "nf4", "optim": "adamw_8bit"})],
+    ),
+    "rotary_has_an_engine": (
+        [(fsdp1(), ROTARY), (fsdp2(fsdp_offload_params=True), ROTARY), (FSDP2, {**ROTARY, "offload": "base"})],
+        [(FSDP2, ROTARY), (DDP, ROTARY), (SINGLE, ROTARY), (fsdp1(), RECIPE)],
+    ),
+    "rotary_is_not_compiled": (
+        [(SINGLE, {**ROTARY, "compile_layers": True})],
+        [(SINGLE, recipe(compile_layers=True)), (SINGLE, {**ROTARY, "compile_layers": False})],
     ),
     "weights_have_a_row_format": ([(FSDP2, recipe(load_in_8bit=True))], []),
     "adapter_kind_is_supported": (

@@ -135,12 +135,14 @@ def parse_active(active: int | str) -> ActiveLimit:
     )
 
 
-def check_alone(peft_config: Any, adapter_name_or_path: Any) -> None:
-    """Refuse an adapter beside rotary training.
+def check_alone(peft_config: Any, adapter_name_or_path: Any, *, compile_layers: bool) -> None:
+    """Refuse an adapter beside rotary training, and layers that would be compiled again at every rotation.
 
     Raises:
-        ConfigError: one of the two is set.
+        ConfigError: one of them is set.
     """
+    if compile_layers:
+        raise ConfigError("compile_layers with rotary: blocks that come and go would be compiled again. Leave it out.")
     if peft_config is not None or adapter_name_or_path is not None:
         raise ConfigError(
             "Rotary training trains the weights themselves, and an adapter over them would be trained against weights "

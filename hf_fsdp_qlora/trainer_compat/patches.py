@@ -28,7 +28,7 @@ from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.precision import check_mixed_precision
 from hf_fsdp_qlora.trainer_compat.checkpoints import has_optimizer, restore_optimizer
 from hf_fsdp_qlora.trainer_compat.evaluation import patched_evaluate
-from hf_fsdp_qlora.trainer_compat.full_training import WHOLE_MODEL_PATCHES
+from hf_fsdp_qlora.trainer_compat.full_training import WHOLE_MODEL_PATCHES, full_training
 from hf_fsdp_qlora.trainer_compat.logs import with_log_sources
 from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment
 from hf_fsdp_qlora.trainer_compat.unfinished import patched_get_last_checkpoint, patched_save_checkpoint
@@ -97,7 +97,9 @@ def _check_settings(trainer: Trainer, attached: Attachment) -> None:
     names = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "optim", "save_on_each_node",
              "save_only_model", "save_strategy")  # fmt: skip
     launched = launched_config(attached.engine, trainer.accelerator.device)
-    raise_for(apply_rules(TRAINER_RULES, Run(launched, {name: getattr(trainer.args, name) for name in names})))
+    settings = {name: getattr(trainer.args, name) for name in names}
+    settings["rotary_active"] = full_training(trainer.model) is not None
+    raise_for(apply_rules(TRAINER_RULES, Run(launched, settings)))
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and f"fsdp{plugin.fsdp_version}" != attached.engine:
         raise ConfigError(
