@@ -83,13 +83,15 @@ class QuantizedLoraLinear(LoraLinear):
         return result
 
     def _fusible(self, x: Tensor, name: str) -> bool:
-        """Whether `lora_linear` computes what this layer means: same input, same dtype, nothing in between."""
+        """Whether `lora_linear` computes what this layer means: one input, one dtype, nobody watching A or B."""
         base: Any = self.base_layer
         lora_a: Any = self.lora_A[name]
-        lora_b, dropout = self.lora_B[name], self.lora_dropout[name]
+        lora_b: Any = self.lora_B[name]
+        dropout = self.lora_dropout[name]
         dropped = self.training and not isinstance(dropout, nn.Identity)
         biases = lora_b.bias is not None or (base.bias is not None and base.bias.requires_grad)
-        if not self.fuse or dropped or biases or is_wrapped(lora_a):
+        watched = any(part._forward_hooks or part._forward_pre_hooks for part in (lora_a, lora_b))
+        if not self.fuse or dropped or biases or watched or is_wrapped(lora_a):
             return False
         device = x.device.type
         return torch.is_autocast_enabled(device) or lora_a.weight.dtype == base.product_dtype(device) == x.dtype
