@@ -40,11 +40,26 @@ GOALS: Mapping[str, Goal] = {
             recipe={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True},
         ),
         Goal(
+            name="hqq",
+            title="HQQ: adapters over a 4-bit base that HQQ's solver fits; slower to load",
+            planner={"method": "qlora", "quant_format": "hqq"},
+            recipe={"hqq_nbits": 4, "hqq_group_size": 64},
+        ),
+        Goal(
             name="lora",
             title="LoRA: adapters over the base in 16 bit",
             planner={"method": "lora"},
             recipe={"load_in_4bit": False},
             offloads=("all",),
+        ),
+        Goal(
+            name="rotary",
+            title="Rotary: all weights, a tenth at a time; the rest is parked in int8",
+            planner={"method": "rotary", "active_fraction": 0.1},
+            recipe={"rotary_active": "10%"},
+            has_adapter=False,
+            offloads=(),
+            learning_rate=1e-5,
         ),
     )
 }

@@ -270,6 +270,8 @@ def _model_facts(run: Run) -> tuple[ModelFacts | None, str]:
         config = AutoConfig.from_pretrained(name, local_files_only=True, **options)
     except OSError:
         return None, f"the config of {name} is not on this machine"
+    except ValueError as error:  # no model_type, or one that this transformers does not know
+        return None, f"the config of {name} cannot be read: {str(error).splitlines()[0]}"
     attention = run.get("attn_implementation") or config._attn_implementation
     with torch.device("meta"):
         # Attention kernels that are not installed here may be there where the run will be.

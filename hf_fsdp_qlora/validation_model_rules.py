@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.memory import estimate_memory
-from hf_fsdp_qlora.memory_settings import GIB, OPTIMIZER_STATE_BYTES, MemorySettings
+from hf_fsdp_qlora.memory_settings import GIB, HQQ_BITS, OPTIMIZER_STATE_BYTES, MemorySettings
 from hf_fsdp_qlora.model_shape import ModelShape
 from hf_fsdp_qlora.planning import cheapest_change
 from hf_fsdp_qlora.validation import Problem, Rule, Run
@@ -71,8 +72,8 @@ def memory_fits(run: Run) -> Problem | None:
     if run.model is None or run.gpu_memory_bytes is None:
         return None
     settings = memory_settings(run)
-    estimate = estimate_memory(_shape(run), settings) if settings is not None else None
-    if settings is None or estimate is None or estimate.fits(run.gpu_memory_bytes):
+    estimate = estimate_memory(_shape(run), settings)
+    if estimate.fits(run.gpu_memory_bytes):
         return None
     change = cheapest_change(_shape(run), settings, run.gpu_memory_bytes)
     return Problem(
@@ -83,22 +84,24 @@ def memory_fits(run: Run) -> Problem | None:
     )  # fmt: skip
 
 
-def memory_settings(run: Run) -> MemorySettings | None:
-    """The planner's view of a run; None for what it does not know (the optimizer, int8 and HQQ)."""
+def memory_settings(run: Run) -> MemorySettings:
+    """The planner's view of a run.
+
+    Raises:
+        ConfigError: the planner does not know the optimizer, the format, or what is trained.
+    """
     optimizer = str(run.get("optim"))
-    if optimizer not in OPTIMIZER_STATE_BYTES or run.get("int8_type") or run.get("hqq_nbits"):
-        return None
+    if optimizer not in OPTIMIZER_STATE_BYTES:
+        raise ConfigError(f"the planner does not know optim={optimizer}")
     targets = run.get("lora_target_modules") or "all-linear"
     nodes = int(run.accelerate.get("num_machines") or 1)
     engines = {"FSDP": f"fsdp{run.fsdp_version}", "MULTI_GPU": "ddp" if run.num_processes > 1 else "none"}
     batch_size = int(run.get("per_device_train_batch_size"))
     values: dict[str, Any] = dict(
-        method="qlora" if run.get("load_in_4bit") else "lora",
         engine=engines.get(run.distributed_type, "none"),
         gpus=max(1, run.num_processes // nodes), nodes=nodes, replicas=run.replicas,
         offload=run.offload, dtype=run.dtype or "bfloat16",
-        adapter_dtype=run.get("adapter_dtype"), block_size=int(run.get("bnb_4bit_blocksize")),
-        double_quant=bool(run.get("use_bnb_nested_quant")), lora_r=int(run.get("lora_r")),
+        adapter_dtype=run.get("adapter_dtype"), lora_r=int(run.get("lora_r")),
         lora_dropout=float(run.get("lora_dropout")), optimizer=optimizer, batch_size=batch_size,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         modules_to_save=tuple(run.get("lora_modules_to_save") or ()),
@@ -109,7 +112,27 @@ def memory_settings(run: Run) -> MemorySettings | None:
     )  # fmt: skip
     if values["target_modules"] == ("all-linear",):
         values["target_modules"] = "all-linear"
-    return MemorySettings(**values)
+    return MemorySettings(**{**values, **_method(run)})
+
+
+def _method(run: Run) -> dict[str, Any]:
+    """What is trained, and the format of what is not."""
+    active = run.get("rotary_active")
+    if active:
+        share = re.fullmatch(r"([0-9.]+)\s*%", str(active))
+        if share is None:
+            raise ConfigError(f"the planner knows rotary_active as a share of the parameters (10%), not as {active}")
+        keys = {"rotary_frozen": "rotary_frozen", "rotary_master_dtype": "master_dtype"}
+        given = {ours: run.recipe[key] for key, ours in keys.items() if key in run.recipe}
+        return dict(method="rotary", active_fraction=float(share[1]) / 100, lora_dropout=0.0, **given)
+    if run.get("int8_type") or run.get("hqq_nbits") not in (None, HQQ_BITS):
+        raise ConfigError(f"the planner knows NF4, FP4 and HQQ with {HQQ_BITS} bits in a recipe, not this format")
+    if run.get("hqq_nbits"):
+        return dict(method="qlora", quant_format="hqq", block_size=run.recipe.get("hqq_group_size"))
+    if run.get("load_in_4bit"):
+        nested, blocksize = bool(run.get("use_bnb_nested_quant")), int(run.get("bnb_4bit_blocksize"))
+        return dict(method="qlora", double_quant=nested, block_size=blocksize)
+    return dict(method="lora")
 
 
 def _shape(run: Run) -> ModelShape:

@@ -9,6 +9,7 @@ import pty
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import LlamaConfig
 
-from hf_fsdp_qlora.accelerate_config import Answers, recommend
+from hf_fsdp_qlora.accelerate_config import Answers, build_accelerate_config, recommend
 from hf_fsdp_qlora.commands import config
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.goals import GOALS
+from hf_fsdp_qlora.memory import estimate_memory
 from hf_fsdp_qlora.model_shape import model_shape
-from hf_fsdp_qlora.validation import find_problems
+from hf_fsdp_qlora.validation import ModelFacts, Run, find_problems
+from hf_fsdp_qlora.validation_model_rules import memory_fits, memory_settings
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizer import make_tokenizer
 
@@ -83,6 +86,32 @@ def test_files_for_a_machine_and_a_goal_validate(
     files = f"hf-fsdp-qlora train --accelerate_config {tmp_path / 'a.yaml'} --config {tmp_path / 'r.yaml'}"
     assert (f"OMP_NUM_THREADS=4 {files}" if gpus == 0 else f"\n{files}") in printed
     assert (tmp_path / "r.yaml").read_text().startswith(f"# {printed.splitlines()[0]}")
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_validate_predicts_the_memory_that_the_wizard_planned_with(goal: str, models: dict[str, str]) -> None:
+    shape = model_shape(models["8b"])
+    for gpus, memory in ((1, 24), (2, 24), (4, 16)):
+        answers = Answers("m", "d", gpus=gpus, gpu_memory_gib=memory, host_memory_gib=256, goal=goal)
+        found = recommend(answers, shape)
+        run = Run(found.accelerate, found.recipe, ModelFacts("m", frozenset(), "bfloat16", shape))
+        estimate = estimate_memory(shape, memory_settings(run))
+        assert estimate.peak_bytes == found.peak_bytes
+        too_small = replace(run, gpu_memory_bytes=estimate.needed_bytes - 1)
+        assert memory_fits(too_small) is not None
+        assert memory_fits(replace(run, gpu_memory_bytes=estimate.needed_bytes)) is None
+
+
+def test_validate_says_which_memory_it_cannot_predict(models: dict[str, str]) -> None:
+    accelerate = build_accelerate_config("none", num_processes=1, offload="none", use_cpu=False)
+    base = {"model_name_or_path": models["8b"], "dtype": "bfloat16"}
+    for keys, unknown in (
+        ({"use_peft": True, "optim": "adalomo"}, "optim=adalomo"),
+        ({"use_peft": True, "hqq_nbits": 3}, "not this format"),
+        ({"rotary_active": "2GiB"}, "not as 2GiB"),
+    ):
+        findings = find_problems(accelerate, {**base, **keys}, gpu_memory_bytes=24 * 2**30)
+        assert len(findings.not_checked) == 1 and unknown in findings.not_checked[0]
 
 
 def test_files_for_this_machines_cpu_train_as_they_are(tmp_path: Path) -> None:

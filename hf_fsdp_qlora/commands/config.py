@@ -149,6 +149,8 @@ def _answers(args: argparse.Namespace, ask: Ask | None, choose: Choose | None) -
             continue
         defaults = defaults or machine_defaults()
         default = defaults.get(name, "")
+        if name == "seq_len" and found["model"].max_positions:
+            default = str(min(int(default), found["model"].max_positions))
         if ask is None:
             found[name] = question.read(default)
         elif choose is not None and question.choices:
