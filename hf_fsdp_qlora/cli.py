@@ -8,7 +8,9 @@ new file is a new command; there is no list to keep.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import logging
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -27,8 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; sys.argv's by default.
 
     Returns:
-        The exit status: 0, or 2 after a ConfigError, whose text goes to stderr without a traceback.
+        The exit status: 0; 2 after a ConfigError or a file that cannot be read or written, whose text goes to stderr
+        without a traceback; 130 after Ctrl-C.
     """
+    # On import it tells CPU users of an optional kernel package, in front of every answer.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(
         prog="hf-fsdp-qlora", description="Fine-tune quantised models that do not fit one GPU.", allow_abbrev=False
     )
@@ -41,13 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.register(subparsers)
     args, rest = parser.parse_known_args(argv)
     if rest and args.command not in WITH_RECIPE_KEYS:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+        command: argparse.ArgumentParser = subparsers.choices[args.command]
+        command.error(f"unknown arguments: {' '.join(rest)}.{_nearest(command, rest)}")
     args.rest = rest
     try:
         return modules[args.command].run(args) or 0
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _nearest(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """The option that was probably meant, as a sentence."""
+    options = [option for action in parser._actions for option in action.option_strings]
+    near = [match for word in unknown for match in difflib.get_close_matches(word.partition("=")[0], options, n=1)]
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 if __name__ == "__main__":

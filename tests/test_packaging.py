@@ -130,4 +130,32 @@ def test_command_line_reports_a_config_error_without_a_traceback(capsys: pytest.
     assert "Did you mean 'llama/8b_nf4_fsdp2'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["env", "--jsn"])
-    assert "unknown arguments: --jsn" in capsys.readouterr().err
+    assert "unknown arguments: --jsn. Did you mean --json?" in capsys.readouterr().err
+
+
+def test_command_line_reports_a_file_that_cannot_be_written_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import LlamaConfig
+
+    from hf_fsdp_qlora import cli
+
+    LlamaConfig(num_hidden_layers=1, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    (tmp_path / "file").write_text("")
+    line = ["config", "--yes", "--model", str(tmp_path), "--gpus", "0", "--host-memory", "64GiB"]
+    files = ["--accelerate-config", str(tmp_path / "file" / "a.yaml"), "--recipe", str(tmp_path / "file" / "r.yaml")]
+    assert cli.main([*line, *files]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hf_fsdp_qlora import cli
+    from hf_fsdp_qlora.commands import env
+
+    def interrupted(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(env, "run", interrupted)
+    assert cli.main(["env"]) == 130
