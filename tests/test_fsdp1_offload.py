@@ -9,19 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hf_fsdp_qlora import fsdp1
 from hf_fsdp_qlora.engine import check_offload
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.export import gather_adapter
 from hf_fsdp_qlora.integrity import check_integrity
+from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.loading import load_model
 from hf_fsdp_qlora.precision import resolve_precision
 from hf_fsdp_qlora.sharding import FullyShardedDataParallel
 from hf_fsdp_qlora.skeleton import decoder_layers
+from tests.conformance.cases import CASES
+from tests.conformance.test_sharded import names_to_run
 from tests.distributed import run_distributed
-from tests.test_fsdp1 import FSDP1
-from tests.test_loading import LORA, batch, nf4
+from tests.test_fsdp1 import FSDP1, weights_of
+from tests.test_loading import CPU, LORA, batch, nf4, plain_name
 from tests.tiny_models import save_tiny_model
 
 
@@ -72,6 +76,35 @@ def equal(result: dict[str, Any], expected: dict[str, Any]) -> bool:
     assert result["adapter"].keys() == expected["adapter"].keys() and result["rows"] == expected["rows"] > 0
     same = all(torch.equal(result["adapter"][key], value) for key, value in expected["adapter"].items())
     return same and result["losses"] == expected["losses"]
+
+
+def survive(path: str, names: list[str]) -> dict[str, dict[str, Tensor]]:
+    """Every format's weights after a step with everything offloaded, rows stored as bf16."""
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
+    torch.cpu.Stream.synchronize = lambda _: None  # type: ignore[attr-defined]
+    found, device = {}, torch.device("cpu")
+    for name in names:
+        model: Any = load_model(path, quantization_config=CASES[name].make_config(), peft_config=LORA)
+        layers = decoder_layers(model.get_base_model())
+        arguments = fsdp1.unit_arguments(
+            model, layers, precision=resolve_precision(None), offload="all", device=device
+        )  # fmt: skip
+        root = fsdp1.wrap(model, arguments)
+        root.train()
+        root(**batch()).loss.backward()
+        assert check_integrity(root) > 0
+        named = [(plain_name(fsdp1.clean_name(n)), m) for n, m in model.named_modules()]
+        found[name] = {key: layer.dequantize() for key, layer in named if isinstance(layer, QuantizedLinear)}
+    return found
+
+
+def test_every_format_survives_offload(tmp_path: Path) -> None:
+    path, names = str(save_tiny_model(tmp_path, "llama")), names_to_run()
+    [expected] = run_distributed(weights_of, path, names, world_size=1, process_group=False, env=CPU)
+    for found in run_distributed(survive, path, names, env=FSDP1):
+        for name in names:
+            assert found[name].keys() == expected[name].keys()
+            assert all(torch.equal(found[name][key], weight) for key, weight in expected[name].items()), name
 
 
 def test_fsdp1_offload_is_refused_where_torch_cannot_pin() -> None:

@@ -24,13 +24,15 @@ from tests.tiny_models import save_tiny_model
 CPU = {"ACCELERATE_USE_CPU": "true"}
 FSDP2 = {**CPU, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 # Weights of one to six rows: on three ranks some own nothing, some one row less than others.
-# FSDP1 shards later, when a trainer wraps the model: tests/test_fsdp1.py puts every case through that.
+# FSDP1 shards later, when a trainer wraps the model: tests/test_fsdp1.py puts every case through that, and
+# tests/test_fsdp1_offload.py with offload.
 ENGINES = {
     "one process": (1, CPU),
     "ddp, 2 ranks": (2, CPU),
     "fsdp2, 1 rank": (1, FSDP2),
     "fsdp2, 2 ranks": (2, FSDP2),
     "fsdp2, 3 ranks": (3, FSDP2),
+    "fsdp2, 2 ranks, offload": (2, {**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}),
 }
 
 
@@ -83,7 +85,7 @@ def ranks(request: pytest.FixtureRequest, checkpoint: Path) -> list[dict[str, An
     world_size, env = ENGINES[request.param]
     return run_distributed(
         load_train_and_look, str(checkpoint), names_to_run(), world_size=world_size, env=env,
-        process_group=env is FSDP2 or world_size > 1,
+        process_group="ACCELERATE_USE_FSDP" in env or world_size > 1,
     )  # fmt: skip
 
 
