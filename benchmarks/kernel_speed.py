@@ -36,9 +36,12 @@ def main() -> None:
     print(describe_machine())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     show_ceilings(device)
-    print("| shape | dequantise ms (TB/s) | bitsandbytes ms | tokens | product ms (TFLOP/s) | x A ms | + B ms | "
-          "grad x ms | grad A ms | grad B ms | whole forward ms | whole backward ms |")  # fmt: skip
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = (
+        "shape", "dequantise ms (TB/s)", "bitsandbytes ms", "tokens", "product ms (TFLOP/s)", "x A ms",
+        "B after the product ms", "B before it ms", "product onto B ms", "grad x ms", "grad A ms", "grad B ms",
+        "whole forward ms", "whole backward ms",
+    )  # fmt: skip
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for name, shape in SHAPES.items():
         if device == "cpu":
             shape = (shape[0] // 64, shape[1] // 64)
@@ -88,6 +91,8 @@ def measure(name: str, shape: tuple[int, int], token_counts: list[int], device: 
         parts = [
             milliseconds(lambda x=x, a=lora_a: x @ a.t()),
             milliseconds(lambda o=output, xa=at_a, b=lora_b: o.addmm_(xa, b.t(), alpha=0.5)),
+            milliseconds(lambda xa=at_a, b=lora_b: xa @ b.t()),
+            milliseconds(lambda o=output, x=x: o.addmm_(x, dense.t(), beta=0.5)),
             milliseconds(lambda g=grad: g @ dense),
             milliseconds(lambda xa=at_a, x=x: xa.t() @ x),
             milliseconds(lambda g=grad, xa=at_a: g.t() @ xa),

@@ -3,8 +3,8 @@
 Two operations, each with its own backward that gets the packed rows and dequantises again:
 
 - `quantized_linear`: `F.linear(x, W, bias)`.
-- `lora_linear`: the same plus s (x A^T) B^T, accumulated into the output by the matrix product itself. Written with
-  PEFT's layers the update is three more passes over the output (product, scale, sum); here it is none.
+- `lora_linear`: the same plus s (x A^T) B^T, which the large product adds while it stores. Written with PEFT's layers
+  the update costs seven passes over the output (product, scale, sum: each reads and writes); here it costs two.
 
 Both exist twice. `torch.compile` gets custom ops, which it does not look into, so that the partitioner cannot decide
 to keep a dequantised weight for backward. Eager code gets plain `autograd.Function`s over the same functions, because
@@ -199,11 +199,17 @@ def _lora_linear(
     out_features: int,
     in_features: int,
 ) -> tuple[Tensor, Tensor]:
-    output = _linear(input, weight, weight_stats, bias, spec, out_features, in_features)
+    dtype = input.dtype
+    rows = input.reshape(-1, in_features)
+    dense = dequantize_rows(weight, weight_stats, spec, out_features, in_features).to(dtype)
     with torch.autocast(input.device.type, enabled=False):
-        at_a = input.reshape(-1, in_features) @ lora_a.to(input.dtype).t()
-        output.view(-1, out_features).addmm_(at_a, lora_b.to(input.dtype).t(), alpha=scaling)
-    return output, at_a
+        at_a = rows @ lora_a.to(dtype).t()
+        # The update first: the large product adds it while it stores, where the reverse would pass over all twice.
+        if bias is None:
+            output = (at_a @ lora_b.to(dtype).t()).addmm_(rows, dense.t(), beta=scaling)
+        else:
+            output = torch.addmm(bias.to(dtype), at_a, lora_b.to(dtype).t(), alpha=scaling).addmm_(rows, dense.t())
+    return torch.ops.aten._unsafe_view(output, (*input.shape[:-1], out_features)), at_a
 
 
 def _lora_gradients(
@@ -221,10 +227,11 @@ def _lora_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = input.dtype
     rows, grad = input.reshape(-1, in_features), grad_output.reshape(-1, out_features)
-    grad_input = _grad_input(grad, weight, weight_stats, spec, out_features, in_features)
+    dense = dequantize_rows(weight, weight_stats, spec, out_features, in_features).to(dtype)
     with torch.autocast(input.device.type, enabled=False):
         grad_at_a = grad @ lora_b.to(dtype)
-        grad_input.addmm_(grad_at_a, lora_a.to(dtype), alpha=scaling)
+        grad_input = (grad_at_a @ lora_a.to(dtype)).addmm_(grad, dense, beta=scaling)
+        del dense
         grad_a = (grad_at_a.t() @ rows).to(lora_a.dtype).mul_(scaling)
         grad_b = (grad.t() @ at_a).to(lora_b.dtype).mul_(scaling)
     return grad_input.view(input.shape), grad_a, grad_b
