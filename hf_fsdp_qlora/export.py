@@ -26,6 +26,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from hf_fsdp_qlora.base_record import write_record
 from hf_fsdp_qlora.distributed import rank, same_outcome
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.fsdp1 import is_wrapped
@@ -93,6 +94,7 @@ def write_peft_directory(
             shutil.copy(target / MODEL_CARD, staging)  # PEFT updates a model card that is there
         with plain_names(model):
             type(model).save_pretrained(model, str(staging), state_dict=kept, **kwargs)
+        write_record(model, staging)
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
             place = target / file.relative_to(staging)
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_fsdp_qlora.allocation import materialize
+from hf_fsdp_qlora.base_record import remember_base
 from hf_fsdp_qlora.checkpoint import find_checkpoint, index_checkpoint
 from hf_fsdp_qlora.distributed import on_any_rank, patient_ranks, rank, same_outcome
 from hf_fsdp_qlora.dora import initialize_magnitudes
@@ -200,6 +201,7 @@ def load_model(
     check_replicas(root)
     stored = None if isinstance(root, PeftModel) else matched
     attach(root, engine=engine, precision=numbers, offload=placement, stored=stored)  # type: ignore[arg-type]
+    remember_base(root, quantization_config, numbers.dtype)
     seconds = time.perf_counter() - started
     report = make_report(root, unquantized=kept, read_bytes=read_bytes, seconds=seconds)
     root.load_report = report  # type: ignore[assignment]  # nn.Module is typed as holding tensors and modules only

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from hf_fsdp_qlora.base_checkpoint import BaseCheckpoint, open_base_checkpoint
+from hf_fsdp_qlora.base_record import settle_record
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.quantization import QuantizationBackend, backend_for_config
+from hf_fsdp_qlora.quantization import QuantizationBackend, backend_for_config, skip_modules
 from hf_fsdp_qlora.safetensors_stream import SafetensorsReader, SafetensorsWriter, TensorInfo
 from hf_fsdp_qlora.saved_adapter import SavedAdapter, merge_bias, merge_low_rank, read_saved_adapter
 
@@ -75,9 +76,10 @@ def merge_adapter(
         base_model: hub id or folder of the 16-bit base; by default what `adapter_config.json` names.
         into: "original" adds the adapter to the checkpoint's own weights. "dequantized" first quantises and
             dequantises each weight as training did, so that the result equals what the adapter was trained on.
-        quantization_config: the config object that training used; required by "dequantized", refused otherwise.
-        dtype: dtype of the result, for all floating tensors; None keeps the checkpoint's. For "dequantized" it must be
-            the `dtype` of training where that was not the checkpoint's.
+        quantization_config: the config object that training used, for "dequantized"; None reads it from the record
+            that this package keeps beside an adapter.
+        dtype: dtype of the result, for all floating tensors; None keeps the checkpoint's. For "dequantized" it is the
+            `dtype` of training: the record's, or where there is none, this.
         device: where the arithmetic runs ("cpu", "cuda"); tensors visit it one at a time.
         revision, token, trust_remote_code: of the base model, as `from_pretrained` takes them.
 
@@ -95,10 +97,14 @@ def merge_adapter(
         base_model or saved.config.get("base_model_name_or_path"),
         revision=revision, token=token, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    backend_dtype = dtype or base.dtype
-    backend = None if quantization_config is None else backend_for_config(quantization_config, backend_dtype)
-    skip = getattr(quantization_config, "llm_int8_skip_modules", None)
-    plan = _Plan(base, saved, dtype, torch.device(device), backend, base.quantizable(skip) if backend else set())
+    backend: QuantizationBackend | None = None
+    quantized: set[str] = set()
+    if into == "dequantized":
+        record = settle_record(saved.path, quantization_config, dtype, base.dtype)
+        dtype = record.dtype if record.dtype != base.dtype else dtype
+        backend = backend_for_config(record.quantization_config, record.dtype)
+        quantized = base.quantizable(skip_modules(record.quantization_config))
+    plan = _Plan(base, saved, dtype, torch.device(device), backend, quantized)
     plan.check()
     unfinished = target.with_name(target.name + ".incomplete")
     if unfinished.exists():
@@ -123,11 +129,6 @@ def _check_request(target: Path, into: str, quantization_config: Any) -> None:
         raise ConfigError(f"The output {target} exists and is not an empty folder. Choose another one or remove it.")
     if into not in TARGETS:
         raise ConfigError(f"into={into!r} is unknown; use one of {', '.join(TARGETS)}.")
-    if into == "dequantized" and quantization_config is None:
-        raise ConfigError(
-            "into='dequantized' needs the quantization_config of training: an adapter does not record how its base "
-            "was quantised."
-        )
     if into == "original" and quantization_config is not None:
         raise ConfigError("quantization_config has no effect with into='original'; drop it or use into='dequantized'.")
 

@@ -23,7 +23,9 @@ def register(subparsers: Any) -> None:
         "--into", choices=("original", "dequantized"), default="original",
         help="add the adapter to the checkpoint's own weights, or to what training dequantised them to",
     )  # fmt: skip
-    parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="4-bit type of training, for --into dequantized")
+    parser.add_argument(
+        "--quant-type", choices=("nf4", "fp4"), help="4-bit type of training, where the adapter does not record it"
+    )
     parser.add_argument("--double-quant", action="store_true", help="training used double quantisation")
     parser.add_argument("--block-size", type=int, default=64, help="weights under one absmax in training")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: the checkpoint's)")
@@ -53,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
     if text is not None:
         from hf_fsdp_qlora.merge_check import compare_merged
 
+        if quantization_config is None:
+            quantization_config, dtype = _recorded(args.adapter, dtype)
+        answer["unmerged_base"] = "16 bit" if quantization_config is None else "as trained, in 4 bits"
         comparison = compare_merged(
             args.output, args.adapter, text, base_model=report.base_model, quantization_config=quantization_config,
             dtype=dtype, device=args.device, trust_remote_code=args.trust_remote_code,
@@ -63,12 +68,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _quantization_config(args: argparse.Namespace, dtype: Any) -> Any:
-    """The config training used. With `--into original` it serves the comparison only."""
+    """The config that the command line describes, None where it leaves that to the adapter's record. With `--into
+    original` it serves the comparison only."""
     from hf_fsdp_qlora.errors import ConfigError
 
     if args.quant_type is None:
-        if args.into == "dequantized":
-            raise ConfigError("--into dequantized needs --quant-type (and --double-quant) as training used them.")
         return None
     if args.into == "original" and args.text is None:
         raise ConfigError("--quant-type has no effect with --into original unless --text asks for a comparison.")
@@ -82,6 +86,20 @@ def _quantization_config(args: argparse.Namespace, dtype: Any) -> Any:
     if args.block_size != 64:
         return BlockwiseFourBitConfig(bnb_4bit_blocksize=args.block_size, bnb_4bit_compute_dtype=dtype, **settings)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **settings)
+
+
+def _recorded(adapter: str, dtype: Any) -> tuple[Any, Any]:
+    """The config and dtype with which stock transformers loads the base as training did; (None, dtype) if the adapter
+    has no record, or one of a format that stock transformers does not know."""
+    from transformers import BitsAndBytesConfig
+
+    from hf_fsdp_qlora.base_record import read_record
+
+    record = read_record(Path(adapter))
+    if record is None or type(record.quantization_config) is not BitsAndBytesConfig:
+        return None, dtype
+    record.quantization_config.bnb_4bit_compute_dtype = record.dtype
+    return record.quantization_config, record.dtype
 
 
 def _describe(answer: dict[str, Any]) -> str:
@@ -100,7 +118,8 @@ def _describe(answer: dict[str, Any]) -> str:
     if "comparison" in answer:
         found = answer["comparison"]
         lines.append(
-            f"  on {found['num_tokens']} tokens: loss {found['loss_unmerged']:.4f} unmerged, "
-            f"{found['loss_merged']:.4f} merged, KL divergence {found['kl_divergence']:.2e} nats"
+            f"  on {found['num_tokens']} tokens, the unmerged base {answer['unmerged_base']}: loss "
+            f"{found['loss_unmerged']:.4f} unmerged, {found['loss_merged']:.4f} merged, "
+            f"KL divergence {found['kl_divergence']:.2e} nats"
         )
     return "\n".join(lines)

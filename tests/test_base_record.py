@@ -1,0 +1,124 @@
+"""An adapter remembers how its base was quantised, and merging into the dequantised base needs no further word."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig
+
+from hf_fsdp_qlora import ConfigError, QuantizedLinear, load_model, merge_adapter, save_adapter
+from hf_fsdp_qlora.base_record import RECORD_NAME, read_record
+from hf_fsdp_qlora.commands import merge
+from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, DynamicInt8Config, LinearInt8Config, backend_for_config
+from tests.tiny_models import save_tiny_model
+from tests.tiny_tokenizer import make_tokenizer
+
+
+def nf4(**changes: Any) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **changes)
+
+
+CONFIGS = {
+    "nf4": nf4(),
+    "nf4, one layer kept": nf4(llm_int8_skip_modules=["down_proj", "lm_head"]),
+    "fp4, blocks of 128": BlockwiseFourBitConfig(128, bnb_4bit_quant_type="fp4"),
+    "linear int8, one layer kept": LinearInt8Config(64, modules_to_not_convert=["down_proj", "lm_head"]),
+    "dynamic int8": DynamicInt8Config(),
+    "hqq": HqqConfig(nbits=4, group_size=64),
+}
+
+
+def train_and_save(base: Path, folder: Path, config: Any, *, dtype: Any = torch.bfloat16, **lora: Any) -> Any:
+    """A saved adapter with random values, and the model it is for."""
+    peft_config = LoraConfig(r=4, target_modules="all-linear", **lora)
+    model: Any = load_model(base, quantization_config=config, peft_config=peft_config, dtype=dtype)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    save_adapter(model, folder)
+    return model
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_merge_into_dequantized_equals_peft_on_the_weights_of_training(
+    name: str, use_dora: bool, tmp_path: Path
+) -> None:
+    """Bit for bit: the reference is PEFT on a plain model with the weights that training computed with."""
+    base = save_tiny_model(tmp_path / "base")
+    model = train_and_save(base, tmp_path / "adapter", CONFIGS[name], use_dora=use_dora)
+    merge_adapter(tmp_path / "adapter", tmp_path / "out", into="dequantized")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    replaced = 0
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, QuantizedLinear):
+            weight: Any = plain.get_submodule(path.removesuffix(".base_layer")).weight
+            weight.data.copy_(module.dequantize())
+            replaced += 1
+    expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert replaced == (12 if "kept" in name else 14) and found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+
+def test_record_keeps_the_dtype_of_training(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base", dtype=torch.float32)
+    train_and_save(base, tmp_path / "adapter", nf4(), dtype=torch.bfloat16)
+    record = read_record(tmp_path / "adapter")
+    assert record is not None and record.dtype == torch.bfloat16
+    specs = [backend_for_config(config, record.dtype).spec for config in (record.quantization_config, nf4())]
+    assert specs[0] == specs[1]
+    merge_adapter(tmp_path / "adapter", tmp_path / "out", into="dequantized")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(ConfigError, match="cast to torch.bfloat16 .*dtype=torch.float16"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "other", into="dequantized", dtype=torch.float16)
+
+
+def test_a_config_that_contradicts_the_record_is_refused(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    train_and_save(base, adapter, nf4())
+    for wrong in (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), LinearInt8Config()):
+        with pytest.raises(ConfigError, match="was trained on bitsandbytes/nf4/block=64/nested=True"):
+            merge_adapter(adapter, tmp_path / "out", into="dequantized", quantization_config=wrong)
+    merge_adapter(adapter, tmp_path / "out", into="dequantized", quantization_config=nf4())
+    values = json.loads((adapter / RECORD_NAME).read_text())
+    (adapter / RECORD_NAME).write_text(json.dumps({**values, "config_class": "SomeonesConfig"}))
+    with pytest.raises(ConfigError, match="SomeonesConfig, which is not known"):
+        merge_adapter(adapter, tmp_path / "second", into="dequantized")
+    merge_adapter(adapter, tmp_path / "second", into="dequantized", quantization_config=nf4())
+
+
+def test_an_adapter_of_an_unquantised_base_has_nothing_to_dequantise(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    train_and_save(base, tmp_path / "adapter", None)
+    with pytest.raises(ConfigError, match="not quantised. Use into='original'"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", into="dequantized")
+    assert merge_adapter(tmp_path / "adapter", tmp_path / "out").num_low_rank == 14
+
+
+def test_merge_command_reads_the_record_and_compares_with_the_base_of_training(tmp_path: Path, capsys: Any) -> None:
+    """fp32: merged into the dequantised base, only rounding is left; into the original, the quantisation error."""
+    # Sizes that bitsandbytes' CPU kernel takes.
+    base = save_tiny_model(tmp_path / "base", dtype=torch.float32, hidden_size=128, intermediate_size=256)
+    make_tokenizer().save_pretrained(base)
+    train_and_save(base, tmp_path / "adapter", nf4(), dtype=torch.float32)
+    (tmp_path / "text").write_text("to be or not to be that is the question")
+    parser = argparse.ArgumentParser()
+    merge.register(parser.add_subparsers())
+    divergences = {}
+    for into in ("dequantized", "original"):
+        line = ["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / into), "--into", into, "--json"]
+        assert merge.run(parser.parse_args([*line, "--text", str(tmp_path / "text")])) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["unmerged_base"] == "as trained, in 4 bits"
+        divergences[into] = answer["comparison"]["kl_divergence"]
+    assert abs(divergences["dequantized"]) < 1e-6 < 1e-5 < divergences["original"]
