@@ -35,6 +35,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_fsdp_qlora import load_model, save_adapter
+from hf_fsdp_qlora.distributed import rank as own_rank
+from hf_fsdp_qlora.distributed import world_size
 
 SEQUENCE_TOKENS = 512
 GLOBAL_BATCH = 8
@@ -128,30 +130,33 @@ def evaluate_with_stock(args: argparse.Namespace, adapter: str) -> tuple[float, 
     return evaluate(model, sequences, mode="train"), evaluate(model, sequences)
 
 
-def evaluate(model: nn.Module, sequences: Tensor, mode: Literal["train", "eval"] = "eval") -> float:
+def evaluate(
+    model: nn.Module, sequences: Tensor, mode: Literal["train", "eval"] = "eval", *, batch: int = EVAL_BATCH
+) -> float:
     """Mean token loss over all sequences, (n, 512). Collective: each rank takes a part of them."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+    ranks, rank = world_size(), own_rank()
     sums = torch.zeros(2, dtype=torch.float64, device=sequences.device)
     model.train(mode == "train")
     with torch.no_grad():
         # Every rank runs the same number of forwards, as FSDP needs; those past the end count for nothing.
-        for start in range(0, len(sequences), EVAL_BATCH * ranks):
-            first = start + EVAL_BATCH * rank
-            rows = sequences[first : first + EVAL_BATCH]
+        for start in range(0, len(sequences), batch * ranks):
+            first = start + batch * rank
+            rows = sequences[first : first + batch]
             logits = model(input_ids=rows if len(rows) else sequences[:1], use_cache=False).logits
             if len(rows):
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum")
                 sums += torch.stack([loss.double(), torch.tensor(rows[:, 1:].numel()).to(loss)])
-    dist.all_reduce(sums)
+    if ranks > 1:
+        dist.all_reduce(sums)
     return float(sums[0] / sums[1])
 
 
-def batches(sequences: Tensor, steps: int) -> Iterator[Tensor]:
+def batches(sequences: Tensor, steps: int, *, seed: int = 0, batch: int = GLOBAL_BATCH) -> Iterator[Tensor]:
     """This rank's part of each global batch, drawn with replacement; the same draws on every rank."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        drawn = torch.randint(len(sequences), (GLOBAL_BATCH,), generator=generator)
-        yield sequences[drawn[dist.get_rank() :: dist.get_world_size()].to(sequences.device)]
+        drawn = torch.randint(len(sequences), (batch,), generator=generator)
+        yield sequences[drawn[own_rank() :: world_size()].to(sequences.device)]
 
 
 def read_packed(args: argparse.Namespace, split: str) -> Tensor:
@@ -185,7 +190,7 @@ def quantization(args: argparse.Namespace) -> BitsAndBytesConfig:
 
 
 def report(step: int, loss: float, extra: str = "") -> None:
-    if dist.get_rank() == 0:
+    if own_rank() == 0:
         print(f"step {step}: eval loss {loss:.4f} {extra}", flush=True)
 
 
