@@ -31,8 +31,8 @@ highest sum is the step's peak.
   projection and their product; with dropout 4cTI: activation, the two outputs of a LoRA layer and their sum) and 2cTI
   with the dequantised weight. Without checkpointing the layer's kept tensors are there already and only the weight
   comes on top.
-- The head being fetched: nothing but what is kept.
-- The head, see 2. The final norm, see 3. The last decoder layer, see 1.
+- The head being fetched: the last layer's output (cTH).
+- The head's forward and backward, see 2. The final norm, see 3. The last decoder layer, see 1.
 - The first decoder layer, as 1., when all other layers' tensors are gone and all gradients are there.
 
 1. The layer that is recomputed or run backward first (the last of the model), on top of its kept tensors, whichever
@@ -46,9 +46,11 @@ highest sum is the step's peak.
    - the backward of an eager softmax: two float32 tensors of T S heads, the cast probabilities and what the MLP kept
      being gone.
    A kept input of MLP out (cTI) is gone after the first.
-2. The head, in the tiles of TRL's fused kernel: hidden states picked by the mask (cTH), a tile of min(T, 4096) x
-   32,768 logits in the compute dtype, float32 gradients of the hidden states (4TH), their copy (cTH) and the
-   scatter of them (cTH); with a trained head also its float32 gradient and cast (4VH + 4VH).
+2. The head, in the tiles of TRL's fused kernel, V being the vocabulary: hidden states picked by the mask (cTH), a tile
+   of min(T, 4096) x 32,768 logits in the compute dtype, ten numbers per token; in backward also float32 gradients of
+   the hidden states (4TH), their copy (cTH) and the scatter of them (cTH). A trained head has a float32 gradient in
+   backward (4VH), and is cast chunk by chunk where it is a float32 master (32,768 cH) or else has its gradient cast
+   (cVH, FSDP2). From then on its gradient is there.
 3. Backward of the final norm: its float32 input and five more float32 tensors of TH, while every layer's tensors
    are kept.
 
@@ -64,7 +66,8 @@ from hf_fsdp_qlora.model_shape import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_O
 
 FORWARD_MOMENT = "forward of a decoder layer"
 HEAD_FETCH_MOMENT = "fetching the head"
-HEAD_MOMENT = "the head"
+HEAD_FORWARD_MOMENT = "forward of the head"
+HEAD_MOMENT = "backward of the head"
 NORM_MOMENT = "backward of the final norm"
 LAYER_MOMENT = "backward of the last decoder layer"
 FIRST_LAYER_MOMENT = "backward of the first decoder layer"
@@ -87,6 +90,7 @@ class StepSettings:
     quantized: bool
     block_size: int
     trains_head: bool
+    head_is_cast: bool
     trains_base: bool
 
     @property
@@ -120,7 +124,8 @@ def activations(shape: ModelShape, step: StepSettings) -> dict[str, Activations]
     final_norm = (4 + c) * tokens * hidden
     moments = (
         Activations(FORWARD_MOMENT, kept, forward_end, _forward_bytes(shape, step), 0),
-        Activations(HEAD_FETCH_MOMENT, kept, forward_end, final_norm, 0),
+        Activations(HEAD_FETCH_MOMENT, kept, forward_end, c * tokens * hidden, 0),
+        Activations(HEAD_FORWARD_MOMENT, kept, forward_end, final_norm, _head_forward_bytes(shape, step)),
         Activations(HEAD_MOMENT, kept, forward_end, final_norm, _head_bytes(shape, step)),
         Activations(NORM_MOMENT, kept, forward_end, 20 * tokens * hidden, 0),
         Activations(LAYER_MOMENT, kept, layer, passing, 0),
@@ -184,6 +189,31 @@ def _passing_bytes(shape: ModelShape, step: StepSettings) -> int:
     softmax_backward = (8 - c) * scores - mlp_kept if shape.eager_attention else 0
     moments = (down_backward, product_backward, norm_backward, softmax_backward)
     return max(recompute if step.checkpointing else 0, *moments)
+
+
+def _forward_bytes(shape: ModelShape, step: StepSettings) -> int:
+    tokens, c = step.tokens, step.compute_bytes
+    dense = max(dequantized_bytes(linear, step) for linear in shape.linears)
+    if not step.checkpointing:
+        return dense
+    flow, wide = c * tokens * shape.hidden_size, c * tokens * shape.intermediate_size
+    apart = step.dropout and any(linear.name in step.lora for linear in shape.linears if linear.leaf in MLP_IN)
+    return 2 * flow + max((4 if apart else 3) * wide, 2 * wide + dense)
+
+
+def _head_forward_bytes(shape: ModelShape, step: StepSettings) -> int:
+    tokens, c = step.tokens, step.compute_bytes
+    tile = c * min(tokens, HEAD_TOKENS) * min(HEAD_VOCABULARY, shape.vocab_size)
+    cast = c * min(HEAD_VOCABULARY, shape.vocab_size) * shape.hidden_size if step.head_is_cast else 0
+    return tile + c * tokens * shape.hidden_size + 40 * tokens + cast
+
+
+def _head_bytes(shape: ModelShape, step: StepSettings) -> int:
+    c = step.compute_bytes
+    flow = (2 * c + 4) * step.tokens * shape.hidden_size
+    gradient = 4 * shape.vocab_size * shape.hidden_size if step.trains_head else 0
+    copy = c * shape.vocab_size * shape.hidden_size if step.trains_head and not step.head_is_cast else 0
+    return _head_forward_bytes(shape, step) + flow + gradient + copy
 
 
 def _forward_bytes(shape: ModelShape, step: StepSettings) -> int:

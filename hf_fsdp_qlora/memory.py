@@ -30,7 +30,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hf_fsdp_qlora.activations import FIRST_LAYER_MOMENT, StepSettings, activations
+from hf_fsdp_qlora.activations import FIRST_LAYER_MOMENT, LAYER_MOMENT, NORM_MOMENT, StepSettings, activations
 from hf_fsdp_qlora.memory_gathered import gathered_bytes
 from hf_fsdp_qlora.memory_host import disk_bytes, host_bytes, offloaded_kinds
 from hf_fsdp_qlora.memory_loading import loading_bytes
@@ -139,10 +139,10 @@ def estimate_memory(
     gathered = gathered_bytes(shape, settings)
     moments = {}
     for name, active in activations(shape, step).items():
-        there = settings.gradient_accumulation_steps > 1 or name == FIRST_LAYER_MOMENT
+        all_there = settings.gradient_accumulation_steps > 1 or name == FIRST_LAYER_MOMENT
         moments[name] = {
             **on_gpu,
-            "gradients": gradients if there else 0,
+            "gradients": gradients if all_there else _head_gradient(shape, settings, gradients, name),
             "gathered": gathered[name],
             "activations": active.kept_bytes + active.layer_bytes,
             "dequantized_and_passing": active.passing_bytes,
@@ -210,6 +210,14 @@ def _rotary_bytes(active: int, settings: MemorySettings) -> dict[str, int]:
     }
 
 
+def _head_gradient(shape: ModelShape, settings: MemorySettings, gradients: int, moment: str) -> int:
+    """What a trained head's gradient takes once its backward is over and before the layers have theirs."""
+    if not settings.trains_head or moment not in (NORM_MOMENT, LAYER_MOMENT):
+        return 0
+    numel = shape.head_numel or shape.embedding_numel
+    return gradients * numel // trainable_parameters(shape, settings)
+
+
 def _state_bytes(settings: MemorySettings, trained_bytes: int) -> int:
     return OPTIMIZER_STATE_BYTES[settings.optimizer] * trained_bytes // 4
 
@@ -227,6 +235,7 @@ def _step(shape: ModelShape, settings: MemorySettings) -> StepSettings:
         padded=settings.padded,
         quantized=row_format(settings) is not None,
         block_size=settings.row_block,
-        trains_head=settings.method == "full" or bool({"lm_head", "embed_out"} & set(settings.modules_to_save)),
+        trains_head=settings.trains_head,
+        head_is_cast=settings.trains_head and settings.has_adapters and not settings.engine.startswith("fsdp"),
         trains_base=not settings.has_adapters,
     )

@@ -4,20 +4,20 @@ All whole: U is one decoder layer's frozen weights, E the input embedding, H the
 embedding where the two are tied), R everything outside the decoder layers, A the adapters of one layer in the compute
 dtype.
 
-| engine | forward of a layer | head fetched | head | final norm | backward of the last layer | of the first |
+| engine | forward of a layer | head fetched | head forward | head backward, norm | last layer | first layer |
 | --- | --- | --- | --- | --- | --- | --- |
 | none, DDP | 0 | 0 | 0 | 0 | 0 | 0 |
 | FSDP2, one rank | U | H (2H if it is copied from the host or cast) | H | H | U | U |
-| FSDP2, rows | 2U | 2H | 2H | H | U + A | U + E |
-| FSDP2, 16-bit weights | 2U | 2H | 2H | H | 2U + A | U + E |
+| FSDP2, rows | 2U | 2H + U | 2H | H | U + A | U + E |
+| FSDP2, 16-bit weights | 2U | 2H + U | 2H | H | 2U + A | U + E |
 | FSDP2, rotary | U, 2U with several ranks | 0 | 0 | 0 | U | U |
 | FSDP1, one rank | 0 | 0 | 0 | 0 | 0 | 0 |
 | FSDP1 | R + U | R | R | R | R + 2U | R + U |
 
 Why, for FSDP2 (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py): with one rank nothing travels, and a group's
 shards are copied into its whole parameters when it runs. With several, a group is gathered into one buffer and copied
-out of it; in forward the buffer is kept until the next group is copied out, so that two groups are there, and for the
-last group, the tail, until the root's forward ends, which is after the loss. In backward the buffer goes at once, and
+out of it; in forward the buffer is kept until the next group has been copied out, and for the last group, the tail,
+until the root's forward ends, which is after the loss. In backward the buffer goes at once, and
 only the group before is fetched ahead. Rows are a group of their own, in the order rows 0, layer 0, rows 1, layer 1,
 ...: ahead of rows comes the small rest of the layer before, so two layers' rows are never there together; but 16-bit
 weights are in the layer's own group. Before the rows of layer 0 comes the embedding, which backward does not need.
@@ -38,6 +38,7 @@ from hf_fsdp_qlora.activations import (
     FIRST_LAYER_MOMENT,
     FORWARD_MOMENT,
     HEAD_FETCH_MOMENT,
+    HEAD_FORWARD_MOMENT,
     HEAD_MOMENT,
     LAYER_MOMENT,
     NORM_MOMENT,
@@ -48,14 +49,15 @@ from hf_fsdp_qlora.model_shape import ModelShape
 
 def gathered_bytes(shape: ModelShape, settings: MemorySettings) -> dict[str, int]:
     """Bytes by moment. See the table above."""
-    moments = (FORWARD_MOMENT, HEAD_FETCH_MOMENT, HEAD_MOMENT, NORM_MOMENT, LAYER_MOMENT, FIRST_LAYER_MOMENT)
+    moments = (FORWARD_MOMENT, HEAD_FETCH_MOMENT, HEAD_FORWARD_MOMENT, HEAD_MOMENT, NORM_MOMENT, LAYER_MOMENT,
+               FIRST_LAYER_MOMENT)  # fmt: skip
     if not settings.engine.startswith("fsdp"):
         return dict.fromkeys(moments, 0)
     dtype, several = DTYPE_BYTES[settings.dtype], settings.shards > 1
     layer, reducing = layer_weight_bytes(shape, settings), _reducing_bytes(shape, settings)
     if settings.method == "rotary":  # FSDP has the rows alone
         forward = 2 * layer if several else layer
-        return dict(zip(moments, (forward, 0, 0, 0, layer, layer), strict=True))
+        return dict(zip(moments, (forward, 0, 0, 0, 0, layer, layer), strict=True))
     embedding, tail = shape.embedding_numel * dtype, shape.outside_other_numel * dtype
     if shape.head_numel:
         tail += shape.head_numel * dtype
@@ -64,15 +66,15 @@ def gathered_bytes(shape: ModelShape, settings: MemorySettings) -> dict[str, int
     if settings.engine == "fsdp1":
         root = (tail + embedding) if several else 0
         layer = layer if several else 0
-        return dict(zip(moments, (root + layer, root, root, root, root + 2 * layer + reducing,
+        return dict(zip(moments, (root + layer, root, root, root, root, root + 2 * layer + reducing,
                                   root + layer + reducing), strict=True))  # fmt: skip
     copied = settings.offload == "all" or bool(settings.modules_to_save) or settings.method == "full"
     if not several:
         fetched = 2 * tail if copied else tail
-        return dict(zip(moments, (layer, fetched, tail, tail, layer + reducing, layer + reducing), strict=True))
+        return dict(zip(moments, (layer, fetched, tail, tail, tail, layer + reducing, layer + reducing), strict=True))
     ahead = _trained_layer_numel(shape, settings) * dtype + (0 if row_format(settings) is not None else layer)
-    values = (2 * layer, 2 * tail, 2 * tail, tail, layer + ahead + reducing, layer + embedding + reducing)
-    return dict(zip(moments, values, strict=True))
+    return dict(zip(moments, (2 * layer, 2 * tail + layer, 2 * tail, tail, tail, layer + ahead + reducing,
+                              layer + embedding + reducing), strict=True))  # fmt: skip
 
 
 def gathered_row_bytes(shape: ModelShape, settings: MemorySettings) -> int:

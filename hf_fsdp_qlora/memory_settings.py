@@ -104,6 +104,11 @@ class MemorySettings:
         return default if self.method == "rotary" else self.block_size or default
 
     @property
+    def trains_head(self) -> bool:
+        """Whether the head has a gradient in every step."""
+        return self.method == "full" or bool({"lm_head", "embed_out"} & set(self.modules_to_save))
+
+    @property
     def has_adapters(self) -> bool:
         """Whether LoRA is what is trained."""
         return self.method in ("qlora", "lora")

@@ -9,7 +9,13 @@ import pytest
 from transformers import LlamaConfig
 
 from hf_fsdp_qlora import checkpoint, host_memory, integrity, memory_host, memory_loading
-from hf_fsdp_qlora.activations import FORWARD_MOMENT, HEAD_FETCH_MOMENT, HEAD_MOMENT, LAYER_MOMENT
+from hf_fsdp_qlora.activations import (
+    FORWARD_MOMENT,
+    HEAD_FETCH_MOMENT,
+    HEAD_FORWARD_MOMENT,
+    HEAD_MOMENT,
+    LAYER_MOMENT,
+)
 from hf_fsdp_qlora.commands.estimate import parse_size
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.memory import estimate_memory
@@ -206,7 +212,8 @@ def test_gathered_bytes_follow_the_engine() -> None:
         2 * rows,
         head + embedding + rows,
     )
-    assert (one[HEAD_MOMENT], two[HEAD_MOMENT], fsdp1[HEAD_MOMENT]) == (head, 2 * head, head + embedding)
+    assert (one[HEAD_MOMENT], two[HEAD_MOMENT], fsdp1[HEAD_MOMENT]) == (head, head, head + embedding)
+    assert (two[HEAD_FETCH_MOMENT], two[HEAD_FORWARD_MOMENT]) == (2 * head + rows, 2 * head)
     assert moments(offload="all")[HEAD_FETCH_MOMENT] == 2 * head
     assert rows < one[LAYER_MOMENT] < two[LAYER_MOMENT] < 1.1 * rows
     assert moments(gpus=2, method="lora")[LAYER_MOMENT] > 2 * layer_weight_bytes(shape, MemorySettings(method="lora"))
