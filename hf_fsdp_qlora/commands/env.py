@@ -1,4 +1,7 @@
-"""`hf-fsdp-qlora env`: versions, devices, memory and disk, to paste into an issue. No paths, no host name."""
+"""`hf-fsdp-qlora env`: versions, devices, links, memory, disk and limits, to paste into an issue.
+
+No paths, no host name. What is known not to work together is listed last, each with what to do; env_problems.py has the rules.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ import argparse
 import json
 import os
 import platform
+import re
+import resource
 import shutil
+import subprocess
 from importlib import metadata
 from typing import Any
 
@@ -15,6 +21,7 @@ PACKAGES = (
     "safetensors", "tokenizers", "huggingface_hub", "triton", "flash-attn",
 )  # fmt: skip
 GIB = 2**30
+SHM = "/dev/shm"
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -31,6 +38,8 @@ def run(args: argparse.Namespace) -> int | None:
         return 0
     for section, values in facts.items():
         print(f"{section}:")
+        if not values:
+            print("  none")
         items = values.items() if isinstance(values, dict) else enumerate(values)
         for key, value in items:
             shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
@@ -39,8 +48,15 @@ def run(args: argparse.Namespace) -> int | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions by package (None: not installed), the system, GPUs, and free space; sizes in GiB."""
-    return {"packages": _versions(), "system": _system(), "gpus": _gpus(), "free": _free()}
+    """Versions by package (None: not installed), the system, GPUs and the links between them, free space, limits, and
+    problems that are known; sizes in GiB."""
+    from hf_fsdp_qlora.commands.env_problems import find_problems
+
+    facts = {
+        "packages": _versions(), "system": _system(), "gpus": _gpus(), "links": _links(), "free": _free(),
+        "limits": _limits(),
+    }  # fmt: skip
+    return {**facts, "problems": find_problems(facts)}
 
 
 def _versions() -> dict[str, str | None]:
@@ -83,6 +99,25 @@ def _gpus() -> list[dict[str, Any]]:
     return gpus
 
 
+def _links() -> list[str]:
+    """The lines of `nvidia-smi topo -m`; none where there are no two NVIDIA GPUs."""
+    import torch
+
+    if torch.cuda.device_count() < 2 or shutil.which("nvidia-smi") is None:
+        return []
+    found = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=60)
+    text = re.sub("\x1b\\[[0-9;]*m", "", found.stdout)  # it underlines its header
+    return [line.expandtabs() for line in text.splitlines() if line.strip()]
+
+
+def _limits() -> dict[str, float | int | str]:
+    """What one process may lock in memory and open, as `ulimit -l` and `ulimit -n` say."""
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = locked == resource.RLIM_INFINITY
+    return {"locked_memory_gib": "unlimited" if unlimited else round(locked / GIB, 3), "open_files": files}
+
+
 def _free() -> dict[str, float]:
     import psutil
     from huggingface_hub import constants
@@ -90,7 +125,9 @@ def _free() -> dict[str, float]:
     cache = constants.HF_HUB_CACHE
     while not os.path.isdir(cache):
         cache = os.path.dirname(cache)
+    shared = {"shared_memory_gib": round(shutil.disk_usage(SHM).free / GIB, 1)} if os.path.isdir(SHM) else {}
     return {
+        **shared,
         "memory_gib": round(psutil.virtual_memory().available / GIB, 1),
         "disk_here_gib": round(shutil.disk_usage(".").free / GIB, 1),
         "disk_hub_cache_gib": round(shutil.disk_usage(cache).free / GIB, 1),
