@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_fsdp_qlora.commands import env
-from hf_fsdp_qlora.commands.env_problems import RULES, find_problems
+from hf_fsdp_qlora.machine_problems import RULES, find_problems
 
 GPU = dict(name="NVIDIA H100", memory_gib=79.1, free_gib=79.0, compute_capability="9.0")
 GOOD: dict[str, Any] = {

@@ -11,6 +11,7 @@ LAYERS = [
     {"__init__"},
     {"errors", "distributed", "formats", "host_memory"},
     {
+        "machine_problems",
         "precision",
         "resources",
         "goals",

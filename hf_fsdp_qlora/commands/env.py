@@ -1,6 +1,6 @@
 """`hf-fsdp-qlora env`: versions, devices, links, memory, disk and limits, to paste into an issue.
 
-No paths, no host name. What is known not to work together is listed last, each with what to do; env_problems.py has the rules.
+No paths, no host name. What is known not to work together comes last, each with what to do (machine_problems.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int | None:
 def environment() -> dict[str, Any]:
     """Versions by package (None: not installed), the system, GPUs and the links between them, free space, limits, and
     problems that are known; sizes in GiB."""
-    from hf_fsdp_qlora.commands.env_problems import find_problems
+    from hf_fsdp_qlora.machine_problems import find_problems
 
     facts = {
         "packages": _versions(), "system": _system(), "gpus": _gpus(), "links": _links(), "free": _free(),
