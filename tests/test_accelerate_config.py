@@ -42,6 +42,7 @@ LLAMA_1B: dict[str, Any] = dict(
 LLAMA_70B: dict[str, Any] = dict(
     LLAMA_8B, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
 )
+OTHERS = sorted({*GOALS} - {"qlora", "rotary"})
 MACHINES = {  # GPUs, GiB a card, GiB of host memory
     "1x24": (1, 24, 64), "2x24": (2, 24, 128), "4x16": (4, 16, 128), "8x80": (8, 80, 1024), "cpu": (0, 0, 32),
     "1x141": (1, 141, 256),
@@ -114,13 +115,14 @@ def test_validate_says_which_memory_it_cannot_predict(models: dict[str, str]) ->
         assert len(findings.not_checked) == 1 and unknown in findings.not_checked[0]
 
 
-def test_files_for_this_machines_cpu_train_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("goal", ["qlora", "rotary", *(pytest.param(goal, marks=pytest.mark.slow) for goal in OTHERS)])
+def test_files_for_this_machines_cpu_train_as_they_are(goal: str, tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", dtype=torch.float32)
     make_tokenizer().save_pretrained(tmp_path / "model")
     rows = (json.dumps({"text": f"{number} is followed by {number + 1}"}) + "\n" for number in range(4))
     (tmp_path / "data.jsonl").write_text("".join(rows))
     line = ["--yes", "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "data.jsonl"), "--gpus", "0"]
-    run_wizard(tmp_path, *line, "--seq-len", "64", "--output-dir", str(tmp_path / "out"))
+    run_wizard(tmp_path, *line, "--goal", goal, "--output-dir", str(tmp_path / "out"))
     command = [sys.executable, "-m", "hf_fsdp_qlora.cli", "train", "--accelerate_config", str(tmp_path / "a.yaml")]
     result = subprocess.run(
         [*command, "--config", str(tmp_path / "r.yaml")],
@@ -130,8 +132,10 @@ def test_files_for_this_machines_cpu_train_as_they_are(tmp_path: Path) -> None:
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 2  # four samples, two processes, one each at a time
     report = json.loads((tmp_path / "out" / "load_report.json").read_text())
-    assert report["quantized_layers"] == 14 and report["local_bytes"] < report["sharded_bytes"]
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert report["quantized_layers"] == (0 if goal == "lora" else 14)
+    assert report["local_bytes"] < report["quantized_bytes"] + report["frozen_bytes"] + report["trainable_bytes"]
+    weights = "adapter_model.safetensors" if GOALS[goal].has_adapter else "model.safetensors"
+    assert (tmp_path / "out" / weights).is_file()
 
 
 def test_choice_of_engine_and_offload(models: dict[str, str]) -> None:
