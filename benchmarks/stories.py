@@ -11,8 +11,10 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -90,7 +92,7 @@ def _tell_group(group: Group) -> dict[str, Outcome]:
             reason = None
             try:
                 run_ranks(
-                    _tell, folder, list(left.values()), world_size=group.world_size, env=dict(group.env),
+                    _tell, folder, left, world_size=group.world_size, env=dict(group.env),
                     process_group=group.process_group, collective_timeout=COLLECTIVE_TIMEOUT,
                 )  # fmt: skip
             except ProcessException as error:
@@ -101,14 +103,16 @@ def _tell_group(group: Group) -> dict[str, Outcome]:
                     outcomes[name] = [pickle.loads(file.read_bytes()) for file in files]
                 elif reason is not None:
                     outcomes[name] = Failure(reason)
+                    print(f"{name} failed:\n{reason}\n", file=sys.stderr, flush=True)
                     break
     return outcomes
 
 
-def _tell(folder: str, stories: Sequence[Story]) -> None:
+def _tell(folder: str, stories: Mapping[str, Story]) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     launched = dict(os.environ)
-    for index, story in enumerate(stories):
+    for index, (name, story) in enumerate(stories.items()):
+        started = time.perf_counter()
         os.environ.clear()
         os.environ.update(launched, **story.env)
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -121,6 +125,8 @@ def _tell(folder: str, stories: Sequence[Story]) -> None:
         gc.collect()  # models and trainers are cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if rank == 0:
+            print(f"{name}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
 
 
 def _result(folder: str, index: int, rank: int) -> Path:

@@ -71,12 +71,8 @@ def _host_shards(parameters: Sequence[Tensor], pin_memory: bool) -> dict[int, Te
     """
     even = [parameter for parameter in parameters if isinstance(parameter, DTensor) and _is_even(parameter)]
     parts = allocate_in_slabs([parameter.to_local() for parameter in even], pin=pin_memory)
-    return {
-        id(meta): DTensor.from_local(
-            part, meta.device_mesh, meta.placements, run_check=False, shape=meta.shape, stride=meta.stride()
-        )
-        for meta, part in zip(even, parts, strict=True)
-    }
+    # Not `DTensor.from_local`, which moves the shard to the mesh's device.
+    return {id(meta): DTensor(part, meta._spec, requires_grad=False) for meta, part in zip(even, parts, strict=True)}
 
 
 def _is_even(parameter: DTensor) -> bool:

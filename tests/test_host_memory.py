@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from hf_fsdp_qlora import QuantizedLinear, load_model
+from hf_fsdp_qlora.allocation import materialize
 from hf_fsdp_qlora.host_memory import ALIGNMENT, allocate_in_slabs
 from hf_fsdp_qlora.integrity import check_integrity
 from hf_fsdp_qlora.sharding import local_tensor
@@ -94,3 +97,16 @@ def test_fsdp1_cannot_do_without_pinning(tmp_path: Path) -> None:
     env = {**CPU, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
     for message in run_distributed(refuse, str(save_tiny_model(tmp_path)), env=env):
         assert "Leave it out" in message
+
+
+def host_shards_of_a_device_mesh() -> str:
+    mesh = DeviceMesh("meta", torch.arange(1))  # any device that is not the host's
+    linear = torch.nn.Linear(8, 4, bias=False, device="meta")
+    sharded = DTensor.from_local(linear.weight.detach(), mesh, [Shard(0)], run_check=False)
+    linear.weight = torch.nn.Parameter(sharded, requires_grad=False)
+    materialize(linear, torch.device("cpu"), rows_device=torch.device("cpu"))
+    return local_tensor(linear.weight).device.type
+
+
+def test_host_shards_stay_on_the_host_whatever_the_mesh_is_on() -> None:
+    assert run_distributed(host_shards_of_a_device_mesh, world_size=1) == ["cpu"]
