@@ -36,20 +36,21 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     it is cloned first, and `chat_template_path` is cleared so that the trainer does not do it again.
 
     Raises:
-        ConfigError: the template's tokens do not fit the rows that the checkpoint's embedding has.
+        ConfigError: the tokenizer cannot be read, or the template's tokens do not fit the rows that the checkpoint's
+            embedding has.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     name, revision = recipe.get("model_name_or_path"), recipe.get("model_revision")
     args = recipe.training_args
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    tokenizer = _read_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
     if args.chat_template_path is None:
         return tokenizer
     template = Path(args.chat_template_path)
     if template.suffix in (".jinja", ".j2"):
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     else:
-        added = _clone_chat_template(tokenizer, AutoTokenizer.from_pretrained(args.chat_template_path))
+        added = _clone_chat_template(tokenizer, _read_tokenizer(args.chat_template_path))
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
         _check_rows(tokenizer, added, config.get_text_config().vocab_size, args.chat_template_path)
         # The trainer writes eos_token into the model's configs, as TRL's cloning would have done.
@@ -80,6 +81,19 @@ def load_datasets(
         if dataset is not None:
             _check_columns(dataset, training, tokenizer)
     return train, evaluation
+
+
+def _read_tokenizer(name: str, **options: Any) -> Any:
+    """transformers' AutoTokenizer, whose errors are the user's: a wrong name, no network, files that are missing."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The tokenizer of {name!r} cannot be read. Give a folder with config.json and tokenizer.json, or a hub "
+            f"id that this machine can reach. transformers says: {error}"
+        ) from error
 
 
 def _clone_chat_template(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase) -> list[str]:

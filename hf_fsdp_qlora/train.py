@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hf_fsdp_qlora.rotary.config import RotaryConfig
 
 logger = logging.getLogger(__name__)
+
 
 def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """The recipe of a command line, `--config RECIPE [--key value ...]`, with the keys that training needs.
@@ -67,6 +69,8 @@ def configure_logging() -> None:
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("hf_fsdp_qlora").setLevel(logging.WARNING if local_rank() else logging.INFO)
+    # transformers 5.17, the oldest we support, knows only the old name of what 5.23 calls activation_checkpointing.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def numbers(recipe: Recipe) -> dict[str, Any]:

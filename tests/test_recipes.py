@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,14 @@ def test_load_datasets_refuses_what_the_trainer_would_not_understand(tmp_path: P
     with pytest.raises(ConfigError, match="no file"):
         recipe = make_recipe(tmp_path, model_path, dataset_name="missing.jsonl")
         load_datasets(recipe, load_tokenizer(recipe))
+
+
+def test_load_tokenizer_says_what_cannot_be_read(tmp_path: Path, model_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tokenizer of .*nowhere' cannot be read"):
+        load_tokenizer(make_recipe(tmp_path, tmp_path / "nowhere"))
+    shutil.copytree(model_path, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ConfigError, match="tokenizer of .*bare' cannot be read"):
+        load_tokenizer(make_recipe(tmp_path, tmp_path / "bare"))
 
 
 @pytest.mark.parametrize("num_tokens", [4, 5])
