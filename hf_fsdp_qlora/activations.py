@@ -216,22 +216,5 @@ def _head_bytes(shape: ModelShape, step: StepSettings) -> int:
     return _head_forward_bytes(shape, step) + flow + gradient + copy
 
 
-def _forward_bytes(shape: ModelShape, step: StepSettings) -> int:
-    tokens, c = step.tokens, step.compute_bytes
-    dense = max(dequantized_bytes(linear, step) for linear in shape.linears)
-    if not step.checkpointing:
-        return dense
-    flow, wide = c * tokens * shape.hidden_size, c * tokens * shape.intermediate_size
-    apart = step.dropout and any(linear.name in step.lora for linear in shape.linears if linear.leaf in MLP_IN)
-    return 2 * flow + max((4 if apart else 3) * wide, 2 * wide + dense)
-
-
-def _head_bytes(shape: ModelShape, step: StepSettings) -> int:
-    tokens, c, hidden = step.tokens, step.compute_bytes, shape.hidden_size
-    tile = c * min(tokens, HEAD_TOKENS) * min(HEAD_VOCABULARY, shape.vocab_size)
-    trained = 8 * shape.vocab_size * hidden if step.trains_head else 0
-    return tile + (3 * c + 4) * tokens * hidden + 40 * tokens + trained
-
-
 def _is_trained(linear: LinearShape, step: StepSettings) -> bool:
     return step.trains_base or linear.name in step.lora
