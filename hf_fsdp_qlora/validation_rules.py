@@ -79,7 +79,7 @@ def checkpointing_happens_once(run: Run) -> Problem | None:
 
 def checkpointing_suits_ddp(run: Run) -> Problem | None:
     """Two gloo ranks: with use_reentrant=True the first backward under DDP raises ("Expected to mark a variable ready
-    only once"); under FSDP2 losses and gradients are those of use_reentrant=False."""
+    only once"); under FSDP1 and FSDP2 losses and gradients are those of use_reentrant=False."""
     kwargs = run.get("gradient_checkpointing_kwargs")
     reentrant = isinstance(kwargs, dict) and is_true(kwargs.get("use_reentrant"))
     if run.engine != "ddp" or not run.get("gradient_checkpointing") or not reentrant:

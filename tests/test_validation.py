@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from hf_fsdp_qlora.validation import DEFAULTS, find_problems, validate
 from hf_fsdp_qlora.validation_model_rules import MODEL_RULES, memory_fits
 from hf_fsdp_qlora.validation_rules import BITSANDBYTES_OPTIMIZERS, RULES
 from tests.distributed import run_distributed
+from tests.tiny_models import save_tiny_model
+from tests.trainer_story import launch, train
 
 FSDP2: dict[str, Any] = dict(
     distributed_type="FSDP", num_processes=2, num_machines=1, mixed_precision="bf16",
@@ -339,3 +342,34 @@ def test_bfd_packing_keeps_samples_apart_without_flash_attention(attention: str)
         alone = torch.cat([model(first).logits, model(second).logits], dim=1)
         packed = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def _reentrant_outcome(path: str, output_dir: str, check: bool) -> str:
+    """The error of one step with reentrant checkpointing; without the check, the one that the rule predicts."""
+    from hf_fsdp_qlora.trainer_compat import patches
+
+    if not check:
+        patches.TRAINER_RULES = ()
+    try:
+        run: dict[str, Any] = dict(
+            max_steps=1, save_strategy="no", gradient_checkpointing_kwargs={"use_reentrant": True}
+        )
+        return str(train(path, output_dir, **run)["losses"])
+    except (ConfigError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "expected"),
+    [
+        ("ddp", True, "ConfigError: .*use_reentrant"),
+        pytest.param(
+            "ddp", False, "RuntimeError: Expected to mark a variable ready only once", marks=pytest.mark.slow
+        ),
+        pytest.param("fsdp2-full", True, r"\[\d\.\d+\]", marks=pytest.mark.slow),
+    ],
+)
+def test_reentrant_checkpointing_fails_under_ddp_alone(name: str, check: bool, expected: str, tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path / "model")
+    for outcome in launch(name, _reentrant_outcome, str(path), str(tmp_path / "out"), check):
+        assert re.match(expected, outcome, re.DOTALL), outcome
