@@ -7,7 +7,7 @@ Logged, beside the loss: `rotary/visit` (from 0), `rotary/active_blocks` (how ma
 index; backward stops there), `rotary/coverage` (share of the parameters that were active so far),
 `rotary/device_bytes_per_parameter` and `rotary/host_bytes_per_parameter` (of this rank: what it holds of the model
 between steps, optimizer states included, over the whole model's parameters), and for blocks parked since the last log,
-`rotary/update_norm/<block>`: the L2 norm of what the visit changed.
+`rotary/update_norm/<block>`: the L2 norm of what the visit changed, or its part after the last checkpoint.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class RotaryCallback(LogSource):
         # Gradient checkpointing's hook makes the embedding's output require gradients, and backward would go through
         # all frozen layers: https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/modeling_utils.py
         # (enable_input_require_grads). Non-reentrant checkpointing does not need it.
-        model.disable_input_require_grads()
+        if args.gradient_checkpointing:
+            model.disable_input_require_grads()
         if state.global_step == 0:
             self.visit = self.steps_in_visit = 0
         self._optimizer.step_number = state.global_step

@@ -29,10 +29,13 @@ class Prefetch:
 
     def __init__(self, masters: Masters, device: torch.device) -> None:
         self.masters = masters
-        self._is_cuda = device.type == "cuda"
         self._staged: dict[str, Future[Tensor]] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rotary-prefetch") if self._is_cuda else None
-        self._stream = torch.cuda.Stream(device) if self._is_cuda else None
+        self._pool: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            # A thread of its own begins on device 0, where pinning memory would open a context.
+            self._pool = ThreadPoolExecutor(1, "rotary-prefetch", torch.cuda.set_device, (device,))
+            self._stream = torch.cuda.Stream(device)
 
     def start(self, names: Sequence[str]) -> None:
         """Stage these slices in the background. Their masters must not be stored to before they are loaded."""
