@@ -172,6 +172,10 @@ def report(folder: Path, straight: dict[str, list[Run]], resumed: dict[str, list
         good = plain and gap < LOSS_LIMIT and error < limit and all(is_sound(rank, name) for rank in ranks)
         missed += [] if good else [name]
         print(describe(name, ranks, gap, error, good))
+    for name in (name for name in straight if name.startswith("fsdp1") and name not in OTHER_DTYPE):
+        gap = loss_error(straight[name][0].losses, straight["fsdp2"][0].losses)
+        missed += [] if gap < LOSS_LIMIT else [f"{name} against fsdp2"]
+        print(f"{name} against fsdp2: loss error {gap:.1e}  {'ok' if gap < LOSS_LIMIT else 'BAD'}")
     for name, ranks in resumed.items():
         gap = loss_error(ranks[0].losses, straight[RESUMED[name]][0].losses)
         good = gap < LOSS_LIMIT

@@ -87,6 +87,28 @@ def test_offloaded_shards_share_slabs_and_give_the_same_loss(ranks: int, offload
         assert len(set(expected["storages"])) == len(expected["storages"]), "without offload nothing is shared"
 
 
+def pinned(path: str, pin_memory: bool) -> list[bool]:
+    """On a GPU: whether each frozen shard is pinned after a step that every shard went through."""
+    torch.distributed.init_process_group("cuda:nccl,cpu:gloo")
+    model: Any = load_model(
+        path, quantization_config=nf4(), peft_config=LORA, offload="all", offload_pin_memory=pin_memory
+    )  # fmt: skip
+    model.train()
+    model(**{key: value.cuda() for key, value in batch().items()}).loss.backward()
+    check_integrity(model)
+    return [local_tensor(p).is_pinned() for p in model.parameters() if not p.requires_grad]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("pin_memory", [True, False])
+def test_shards_are_pinned_on_a_gpu_unless_asked_not_to(pin_memory: bool, tmp_path: Path) -> None:
+    env = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    path = str(save_tiny_model(tmp_path))
+    [seen] = run_distributed(pinned, path, pin_memory, world_size=1, env=env, process_group=False)
+    assert seen and set(seen) == {pin_memory}
+
+
 def refuse(path: str) -> str:
     with pytest.raises(ValueError, match="offload_pin_memory=False with FSDP1") as caught:
         load_model(path, quantization_config=nf4(), peft_config=LORA, offload="base", offload_pin_memory=False)
