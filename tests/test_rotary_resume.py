@@ -63,7 +63,7 @@ def assert_same_run(actual: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_resuming_inside_a_visit_equals_the_uninterrupted_run(name: str, model_path: str, tmp_path: Path) -> None:
     [whole] = run(name, "one-process", model_path, tmp_path / "whole")
-    for step in (2, 4, 8):
+    for step in (2, 4, 8) if name == "int8-reset" else (4,):
         resume = str(tmp_path / "whole" / f"checkpoint-{step}")
         [resumed] = run(name, "one-process", model_path, tmp_path / f"from-{step}", resume=resume)
         assert_same_run(resumed, whole)
@@ -150,6 +150,9 @@ def _evaluate_twice(model_path: str, output_dir: str) -> dict[str, float]:
     trainer.train()
     metrics = trainer.evaluate()
     again = trainer.evaluate()["eval_loss"]
+    of_two = trainer.evaluate({"one": make_data(8, seed=1), "two": make_data(4, seed=2)})
+    assert of_two["eval_one_loss"] == again and of_two["eval_one_masters_loss"] == metrics["eval_masters_loss"]
+    assert len([key for key in of_two if key.endswith("_loss")]) == 4
     trainer.save_model(str(Path(output_dir) / "final"))
     logged = [entry["eval_masters_loss"] for entry in trainer.state.log_history if "eval_masters_loss" in entry]
     return {**metrics, "logged": logged[-1], "again": again}
