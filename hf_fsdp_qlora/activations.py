@@ -28,9 +28,9 @@ norm), 2cT head_dim (rotary tables), TS bytes of boolean mask with padding.
 highest sum is the step's peak.
 
 - The forward of the last decoder layer: 2cTH (residual and the MLP's input) and the larger of 3cTI (activation, up
-  projection and their product; with dropout 4cTI: activation, the two outputs of a LoRA layer and their sum) and 2cTI
-  with the dequantised weight. Without checkpointing the layer's kept tensors are there already and only the weight
-  comes on top.
+  projection and their product; where PEFT adds the adapter 4cTI: activation, the two outputs of a LoRA layer and their
+  sum) and 2cTI with the dequantised weight. Without checkpointing the layer's kept tensors are there already and only
+  the weight comes on top.
 - The head being fetched: the last layer's output (cTH).
 - The head's forward and backward, see 2. The final norm, see 3. The last decoder layer, see 1.
 - The first decoder layer, as 1., when all other layers' tensors are gone and all gradients are there.
@@ -39,9 +39,9 @@ highest sum is the step's peak.
    is most of:
    - its recomputation up to MLP out: 3cTH (residual, output, the gradient that waits), cTH and cTI if the inputs of
      MLP in and MLP out are not kept, and the dequantised weight with its float32 statistics;
-   - the backward of MLP out: cTH, the same weight, its input's gradient cTI (two with dropout, where PEFT's layers
-     add the adapter; else the base's product does, row_ops.py);
-   - the backward of the product of gate and up: cTH and 3cTI, 4cTI with dropout where the two are one fused layer;
+   - the backward of MLP out: cTH, the same weight, its input's gradient cTI (two where PEFT's layers add the adapter,
+     with dropout and under FSDP1; else the base's product does, row_ops.py);
+   - the backward of the product of gate and up: cTH and 3cTI, 4cTI where PEFT adds adapters and the two are one layer;
    - the backward of a norm after the MLP: five float32 tensors of TH;
    - the backward of an eager softmax: two float32 tensors of T S heads, the cast probabilities and what the MLP kept
      being gone.
@@ -85,6 +85,7 @@ class StepSettings:
     lora: frozenset[str]
     lora_r: int
     dropout: bool
+    fused_lora: bool
     checkpointing: bool
     padded: bool
     quantized: bool
@@ -180,9 +181,9 @@ def _passing_bytes(shape: ModelShape, step: StepSettings) -> int:
     is_fused = any(linear.out_features == 2 * shape.intermediate_size for linear in shape.linears)
     keeps_mlp_in = any(_is_trained(x, step) for x in shape.linears if x.leaf in MLP_IN) and not step.dropout
     recompute = (3 if keeps_mlp_in else 4) * flow + dense + wide - kept_input
-    branches = 2 if down.name in step.lora and step.dropout else 1
+    branches = 2 if down.name in step.lora and not step.fused_lora else 1
     down_backward = flow + dense + branches * wide - kept_input
-    product_backward = flow + (4 if is_fused and step.dropout else 3) * wide - kept_input
+    product_backward = flow + (4 if is_fused and not step.fused_lora else 3) * wide - kept_input
     norm_backward = 20 * tokens * shape.hidden_size if shape.norm_ends_layer else 0
     scores = tokens * step.seq_len * shape.num_heads
     mlp_kept = (4 if is_gated(shape) else 2) * wide + 4 * tokens * shape.hidden_size
@@ -197,7 +198,7 @@ def _forward_bytes(shape: ModelShape, step: StepSettings) -> int:
     if not step.checkpointing:
         return dense
     flow, wide = c * tokens * shape.hidden_size, c * tokens * shape.intermediate_size
-    apart = step.dropout and any(linear.name in step.lora for linear in shape.linears if linear.leaf in MLP_IN)
+    apart = not step.fused_lora and any(x.name in step.lora for x in shape.linears if x.leaf in MLP_IN)
     return 2 * flow + max((4 if apart else 3) * wide, 2 * wide + dense)
 
 

@@ -231,6 +231,7 @@ def _step(shape: ModelShape, settings: MemorySettings) -> StepSettings:
         lora=frozenset(counts),
         lora_r=settings.lora_r,
         dropout=settings.lora_dropout > 0,
+        fused_lora=settings.lora_dropout == 0 and settings.engine != "fsdp1" and row_format(settings) is not None,
         checkpointing=settings.gradient_checkpointing,
         padded=settings.padded,
         quantized=row_format(settings) is not None,

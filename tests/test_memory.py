@@ -166,8 +166,8 @@ def compare(config, *, batch_size=1, seq_len=2048, targets="all-linear", rank=16
     shape = model_shape(config)
     step = StepSettings(
         batch_size=batch_size, seq_len=seq_len, compute_bytes=2, lora=frozenset(shape.targeted(targets)),
-        lora_r=rank, dropout=False, checkpointing=checkpointing, padded=True, quantized=True, block_size=64,
-        trains_head=False, head_is_cast=False, trains_base=False,
+        lora_r=rank, dropout=False, fused_lora=True, checkpointing=checkpointing, padded=True, quantized=True,
+        block_size=64, trains_head=False, head_is_cast=False, trains_base=False,
     )  # fmt: skip
     moments = activations(shape, step)
     return max(moments[LAYER_MOMENT].total_bytes, moments[NORM_MOMENT].total_bytes) / peak
@@ -188,8 +188,9 @@ def test_activations_of_every_architecture_agree_with_the_replay(name: str) -> N
 
 def test_layer_bytes_of_a_plain_mlp_are_fewer() -> None:
     settings: dict[str, Any] = dict(
-        batch_size=1, seq_len=128, compute_bytes=2, lora=frozenset(), lora_r=1, dropout=False, checkpointing=True,
-        padded=False, quantized=True, block_size=64, trains_head=False, head_is_cast=False, trains_base=False,
+        batch_size=1, seq_len=128, compute_bytes=2, lora=frozenset(), lora_r=1, dropout=False, fused_lora=True,
+        checkpointing=True, padded=False, quantized=True, block_size=64, trains_head=False, head_is_cast=False,
+        trains_base=False,
     )  # fmt: skip
     step = StepSettings(**settings)
     plain, gated = (layer_bytes(model_shape(wide_config(name)), step) for name in ("gpt_neox", "llama"))
