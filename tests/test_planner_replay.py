@@ -121,7 +121,8 @@ def peaks(path: str, engine: str) -> tuple[int, dict[str, int]]:
 @pytest.mark.parametrize(("engine", "ranks"), [("fsdp2", 1), ("fsdp2", 2), ("fsdp1", 2)])
 def test_a_step_takes_what_the_planner_says(engine: str, ranks: int, tmp_path: Path) -> None:
     """Within 5 %, the planner's own goal, of all that comes on top of the shards."""
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(tmp_path)
+    original: Any = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    original.to(torch.bfloat16).save_pretrained(tmp_path)
     estimate = estimate_memory(model_shape(tmp_path), engine=engine, gpus=ranks, lora_r=8, seq_len=TOKENS)
     static = sum(estimate.gpu[kind] for kind in ("weights", "statistics", "other_weights", "adapters", "optimizer"))
     moments = {name: size - static - CUBLAS_BYTES for name, size in estimate.moments.items()}
