@@ -182,7 +182,7 @@ def test_lora_rank_below_the_number_of_shards_trains_and_resumes(tmp_path: Path)
 
 
 def test_head_trains_after_an_evaluation_and_a_generation(model_path: str, tmp_path: Path) -> None:
-    """Both leave the head gathered, and the optimizer is made then."""
+    """Both leave the head gathered, and the optimizer is made then, and saved after the next evaluation."""
     [expected] = launch("one-process", _early_story, model_path, str(tmp_path / "one"))
     for result in launch("fsdp2-full", _early_story, model_path, str(tmp_path / "two")):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
@@ -193,7 +193,8 @@ def test_head_trains_after_an_evaluation_and_a_generation(model_path: str, tmp_p
 
 
 def _early_story(model_path: str, output_dir: str) -> dict[str, Any]:
-    trainer = make_trainer(model_path, output_dir, lora={"modules_to_save": ["lm_head"]}, max_steps=3)
+    evaluations: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}  # at 2, a checkpoint follows
+    trainer = make_trainer(model_path, output_dir, lora={"modules_to_save": ["lm_head"]}, max_steps=3, **evaluations)
     trainer.evaluate()
     model_of(trainer).generate(input_ids=torch.arange(3, 10)[None], max_new_tokens=2, do_sample=False)
     trainer.train()

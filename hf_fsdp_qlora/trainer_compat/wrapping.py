@@ -122,7 +122,10 @@ def patched_save_fsdp_optimizer(stock: Any) -> Any:
     def save_fsdp_optimizer(
         plugin: Any, accelerator: Accelerator, optimizer: Any, model: Any, output_dir: str, *args: Any, **kwargs: Any
     ) -> None:
-        if attachment(model) is not None and "FULL_STATE_DICT" in str(plugin.state_dict_type):
+        ours = attachment(model)
+        if ours is not None and ours.engine == "fsdp2":
+            shard_again(model)  # an evaluation left the head's group gathered; torch 2.11 would not find its shards
+        if ours is not None and "FULL_STATE_DICT" in str(plugin.state_dict_type):
             save_optimizer(model, optimizer, Path(output_dir))
         else:
             stock(plugin, accelerator, optimizer, model, output_dir, *args, **kwargs)
