@@ -14,8 +14,10 @@ Variants, all with gradient checkpointing unless they say otherwise:
   plain           this package, PEFT's own LoRA arithmetic
   eager           this package as it is: LoRA added by the base's product
   compiled        eager, each decoder layer compiled
+  opaque          compiled, with the dequantisation as an operation that the compiler does not look into
   some            compiled, the first `--checkpoint-layers` layers recomputed, the others keep their activations
   none            compiled, nothing recomputed
+  graphs          none, with torch.compile's CUDA graphs (mode "reduce-overhead")
 
 `--profile` adds a step under torch's profiler for each variant: kernels by time, and how long the GPU was idle.
 """
@@ -38,7 +40,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 GIB = 2**30
-VARIANTS = ("stock", "stock_compiled", "plain", "eager", "compiled", "some", "none")
+VARIANTS = ("stock", "stock_compiled", "plain", "eager", "compiled", "opaque", "some", "none", "graphs")
+USUAL = ("stock", "stock_compiled", "plain", "eager", "compiled", "some", "none")
 WARM_STEPS = 3
 
 
@@ -78,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=128256)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(USUAL))
     parser.add_argument("--checkpoint-layers", type=int, default=0, help="of the variant `some`")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--tolerance", type=float, default=5e-3)
@@ -94,9 +97,11 @@ def run(variant: str, batch_size: int, args: argparse.Namespace, model_path: str
         "losses" of every step, and the texts "line" (a row of the table) and "profile".
     """
     from hf_fsdp_qlora.lora import QuantizedLoraLinear
+    from hf_fsdp_qlora.quantization.bitsandbytes import FourBitBackend
 
     torch.compiler.reset()
     QuantizedLoraLinear.fuse = variant != "plain"
+    FourBitBackend.trace_kernel = variant != "opaque"
     started = time.perf_counter()
     if variant.startswith("stock"):
         model = load_stock(model_path, compiled=variant == "stock_compiled")
@@ -105,7 +110,9 @@ def run(variant: str, batch_size: int, args: argparse.Namespace, model_path: str
     loaded_s = time.perf_counter() - started
     fill_adapter(model)
     clock = Clock(WARM_STEPS + args.steps, args.profile)
-    losses = train(model, clock, batch_size, args, checkpointing=variant != "none", output_dir=f"{model_path}-out")
+    losses = train(
+        model, clock, batch_size, args, checkpointing=variant not in ("none", "graphs"), output_dir=f"{model_path}-out"
+    )
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -137,12 +144,18 @@ def load_stock(model_path: str, *, compiled: bool) -> nn.Module:
 
 def load_ours(model_path: str, variant: str, checkpoint_layers: int) -> nn.Module:
     from hf_fsdp_qlora import load_model
+    from hf_fsdp_qlora.skeleton import decoder_layers
 
-    return load_model(
+    model = load_model(
         model_path, peft_config=lora_config(), dtype=torch.bfloat16,
-        compile_layers=variant in ("compiled", "some", "none"),
+        compile_layers=variant in ("compiled", "opaque", "some", "none"),
         checkpoint_layers=checkpoint_layers if variant == "some" else None,
     )  # fmt: skip
+    if variant == "graphs":
+        base: Any = model.get_base_model()
+        for layer in decoder_layers(base):
+            layer.compile(mode="reduce-overhead")
+    return model
 
 
 def lora_config() -> Any:
@@ -209,6 +222,7 @@ class Clock(TrainerCallback):
             kinds = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else None
             self.profiler = torch.profiler.profile(activities=kinds)
             self.profiler.__enter__()
+        torch.compiler.cudagraph_mark_step_begin()
         _synchronize()
         self.started = time.perf_counter()
 

@@ -23,12 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_fsdp_qlora.quantization import QuantizationBackend
-from hf_fsdp_qlora.row_ops import (
-    apply_linear,
-    apply_lora_linear,
-    as_bytes,  # noqa: F401  (read from here)
-    dequantize_rows,
-)
+from hf_fsdp_qlora.row_ops import apply_linear, apply_lora_linear, as_bytes
 
 
 class QuantizedLinear(nn.Linear):
@@ -111,7 +106,8 @@ class QuantizedLinear(nn.Linear):
         if self.dense is not None and self.dense.numel():
             return self.dense.detach().clone()
         with self._whole_rows() as (codes, stats):
-            return dequantize_rows(codes, stats, self.backend.spec, self.out_features, self.in_features)
+            codes, stats = as_bytes(codes.detach()), as_bytes(stats.detach())
+            return self.backend.dequantize(codes, stats, (self.out_features, self.in_features))
 
     def add_dense(self, device: torch.device) -> nn.Parameter:
         """Register the weight itself as a parameter, empty, and let the bias be trained too.

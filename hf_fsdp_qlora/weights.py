@@ -134,6 +134,8 @@ def fill(weights: Sequence[PlannedWeight], *, device: torch.device) -> int:
         OSError, RuntimeError: on the ranks that failed; a RuntimeError that quotes it on the others.
     """
     weights = sorted(weights, key=lambda weight: (str(weight.stored.path), weight.stored.offset))
+    for backend in {weight.module.backend for weight in weights if isinstance(weight.module, QuantizedLinear)}:
+        backend.prepare(device)
     slices = [_slices(weight, owner) for weight, owner in zip(weights, _owners(weights), strict=True)]
     pieces = [piece for of_weight in slices for piece in of_weight]
     errors: list[Exception] = []

@@ -14,7 +14,7 @@ from bitsandbytes import functional as bnb
 
 from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, backend_for_config
 from hf_fsdp_qlora.quantization.bitsandbytes import BLOCK_SIZES, dynamic_map
-from hf_fsdp_qlora.quantization.four_bit_kernel import TABLES, dequantize
+from hf_fsdp_qlora.quantization.four_bit_kernel import TABLES, dequantize, prepare
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,8 +43,9 @@ def test_kernel_equals_bitsandbytes(quant_type: str, nested: bool, dtype: torch.
             weight, blocksize=block_size, quant_type=quant_type, compress_statistics=nested
         )
         expected = bnb.dequantize_4bit(whole, state).reshape(shape)
+        prepare(codes.device, dynamic_map(codes.device))
         made = dequantize(
-            codes, stats, dynamic_map(codes.device), shape,
+            codes, stats, shape,
             quant_type=quant_type, block_size=block_size, nested=nested, dtype=dtype,
         )  # fmt: skip
         if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts off instead of rounding

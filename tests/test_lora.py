@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from hf_fsdp_qlora import row_ops
+from hf_fsdp_qlora import linear
 from hf_fsdp_qlora.allocation import materialize
 from hf_fsdp_qlora.lora import QuantizedLoraLinear, add_adapter, initialize_adapters
 from hf_fsdp_qlora.lora_config import targeted_modules
@@ -106,13 +106,13 @@ def test_fused_adapters_equal_peft_within_rounding(
     config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
     model = load_with_adapter(qwen2, config, dtype=torch.float32).train()
     calls: list[Any] = []
-    product = row_ops._lora_linear
+    product = linear.apply_lora_linear
 
     def count(*args: Any) -> Any:
         calls.append(args)
         return product(*args)
 
-    monkeypatch.setattr(row_ops, "_lora_linear", count)
+    monkeypatch.setattr(linear, "apply_lora_linear", count)
     results = []
     for fuse in (True, False):
         monkeypatch.setattr(QuantizedLoraLinear, "fuse", fuse)

@@ -97,6 +97,31 @@ class QuantizationBackend(ABC):
             (out_features, in_features) in `dtype`.
         """
 
+    def traced_dequantize(self, codes: Tensor, stats: Tensor, shape: tuple[int, int], used_with: Tensor) -> Tensor:
+        """`dequantize` for code that `torch.compile` traces: an operation that it does not look into.
+
+        Args:
+            used_with: what the weight will be multiplied with, which orders the operation: a weight that depends on a
+                gradient cannot be made in forward and kept, and is another than the weight of the forward.
+        """
+        return dequantize_op(codes, stats, self.spec, shape[0], shape[1], used_with)
+
+    def prepare(self, device: torch.device) -> None:  # noqa: B027  (optional, not forgotten)
+        """Make what `traced_dequantize` needs on a device. Called once the device is known, before any tracing."""
+
+
+@torch.library.custom_op("hf_fsdp_qlora::dequantize", mutates_args=())
+def dequantize_op(
+    codes: Tensor, stats: Tensor, spec: str, out_features: int, in_features: int, used_with: Tensor
+) -> Tensor:
+    """`backend_by_spec(spec).dequantize(codes, stats, (out_features, in_features))`."""
+    return backend_by_spec(spec).dequantize(codes, stats, (out_features, in_features))
+
+
+@dequantize_op.register_fake
+def _(codes, stats, spec, out_features, in_features, used_with):  # type: ignore[no-untyped-def]
+    return codes.new_empty(out_features, in_features, dtype=backend_by_spec(spec).dtype)
+
 
 BackendT = TypeVar("BackendT", bound=QuantizationBackend)
 

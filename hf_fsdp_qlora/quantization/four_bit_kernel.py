@@ -5,15 +5,16 @@ before its kernel runs. Here a program reads a run of codes and the few statisti
 byte moves once (0.52 bytes read and 2 written per weight in bf16), in one launch.
 
 The values are bit-identical to bitsandbytes' on CUDA: absmax = table[code] * second + offset with both operations
-rounded (`enable_fp_fusion=False`, no fused multiply-add), then table[code] * absmax in float32, rounded once to the
-dtype. Source: kDequantizeBlockwise in bitsandbytes' csrc/kernels.cu.
+rounded (the product goes through float64, where it is exact, so that no compiler can fuse the two), then table[code] *
+absmax in float32, rounded once to the dtype. Source: kDequantizeBlockwise in bitsandbytes' csrc/kernels.cu.
+
+`torch.compile` sees through to the kernel and launches it itself; the tables it reads must be there by then
+(`prepare`), because a graph cannot make them.
 
 Triton comes with torch's CUDA builds. `available` says whether the kernel can run; bitsandbytes does where it cannot.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,16 +45,32 @@ def available(codes: Tensor) -> bool:
     return triton is not None and codes.is_cuda
 
 
+def prepare(device: torch.device, dynamic_map: Tensor) -> None:
+    """Put the tables on a device.
+
+    Args:
+        dynamic_map: (256,) float32, the table of nested codes.
+    """
+    if device.index not in _TABLES:
+        on_device = {name: torch.tensor(table, dtype=torch.float32, device=device) for name, table in TABLES.items()}
+        _TABLES[device.index] = on_device | {"dynamic": dynamic_map.to(device)}
+
+
+def prepared(codes: Tensor) -> bool:
+    """Whether the tables are on the device of the codes."""
+    return codes.device.index in _TABLES
+
+
 def dequantize(
     codes: Tensor,
     stats: Tensor,
-    dynamic_map: Tensor,
     shape: tuple[int, int],
     *,
     quant_type: str,
     block_size: int,
     nested: bool,
     dtype: torch.dtype,
+    used_with: Tensor | None = None,
 ) -> Tensor:
     """Rows to weights in one launch.
 
@@ -61,36 +78,38 @@ def dequantize(
         codes: (num_rows, 256 * block_size / 2) uint8, contiguous, two codes a byte, the first in the high nibble.
         stats: (num_rows, 264) uint8 with `nested`: 256 codes, second-level absmax and offset as float32; else
             (num_rows, 1024), 256 float32 absmax values. Contiguous.
-        dynamic_map: (256,) float32 on the same device, the table of nested codes.
         shape: (out_features, in_features); all but the last row are full.
         quant_type: "nf4" or "fp4".
         block_size: weights under one absmax, a power of two of at most `CHUNK_WEIGHTS`.
         nested: whether the absmax values are codes too.
         dtype: bfloat16, float16 or float32.
+        used_with: see `QuantizationBackend.traced_dequantize`; the kernel takes it and does not read it.
+
+    `prepare` must have been called for the device.
 
     Returns:
         `shape` in `dtype`.
     """
     weights = torch.empty(shape, dtype=dtype, device=codes.device)
+    tables = _TABLES[codes.device.index]
     blocks = CHUNK_WEIGHTS // block_size
-    _rows_to_weights[(len(codes), NESTED_BLOCKS // blocks)](
-        codes, stats, _table(quant_type, codes.device), dynamic_map, weights, shape[0] * shape[1],
-        blocks=blocks, block_bytes=block_size // 2, row_blocks=NESTED_BLOCKS, stats_bytes=stats.shape[1],
-        nested=nested, enable_fp_fusion=False,
+    _rows_to_weights[(codes.shape[0], NESTED_BLOCKS // blocks)](
+        codes, stats, tables[quant_type], tables["dynamic"], weights, codes if used_with is None else used_with,
+        shape[0] * shape[1], blocks=blocks, block_bytes=block_size // 2, row_blocks=NESTED_BLOCKS,
+        stats_bytes=stats.shape[1], nested=nested,
     )  # fmt: skip
     return weights
 
 
-@lru_cache(maxsize=64)
-def _table(quant_type: str, device: torch.device) -> Tensor:
-    return torch.tensor(TABLES[quant_type], dtype=torch.float32, device=device)
+_TABLES: dict[int | None, dict[str, Tensor]] = {}
+"""By the index of the device; the CPU, where the interpreter runs, has none."""
 
 
 if triton is not None:
 
     @triton.jit
     def _rows_to_weights(
-        codes, stats, table, dynamic_map, weights, numel,
+        codes, stats, table, dynamic_map, weights, used_with, numel,
         blocks: tl.constexpr, block_bytes: tl.constexpr, row_blocks: tl.constexpr, stats_bytes: tl.constexpr,
         nested: tl.constexpr,
     ):  # fmt: skip  # type: ignore[no-untyped-def]
@@ -101,7 +120,8 @@ if triton is not None:
             own = stats + row * stats_bytes
             level = (own + row_blocks).to(tl.pointer_type(tl.float32))
             code = tl.load(own + block)
-            absmax = tl.load(dynamic_map + code.to(tl.int32)) * tl.load(level) + tl.load(level + 1)
+            product = tl.load(dynamic_map + code.to(tl.int32)).to(tl.float64) * tl.load(level).to(tl.float64)
+            absmax = product.to(tl.float32) + tl.load(level + 1)
         else:
             absmax = tl.load(stats.to(tl.pointer_type(tl.float32)) + row * row_blocks + block)
         byte = block[:, None] * block_bytes + tl.arange(0, block_bytes)[None, :]
