@@ -12,13 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTTrainer
 
-from hf_fsdp_qlora import row_ops
 from hf_fsdp_qlora.callbacks import WeightIntegrityCallback
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.rotary import gradients, optimizer
 from hf_fsdp_qlora.rotary.masters import gather_whole
-from hf_fsdp_qlora.rotary.moments import Moments, merge_states, split_state
 from hf_fsdp_qlora.rotary.optimizer import RotaryOptimizer
+from hf_fsdp_qlora.sharding import shard_again
 from tests.distributed import run_distributed
 from tests.rotary_story import losses, make_rotary_trainer, sft_config, train_rotary, train_stock
 from tests.tiny_models import save_tiny_model
@@ -48,22 +47,24 @@ class Watch(TrainerCallback):
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_nothing_below_the_lowest_active_block_is_back_propagated(
-    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+    model_path: str, tmp_path: Path, checkpointing: bool
 ) -> None:
-    """From the head down: with layer i active, the parked linears of the layers above it, and no others."""
-    calls: list[int] = []
-    stock = row_ops._grad_input
-
-    def counted(*args: Any) -> torch.Tensor:
-        calls.append(1)
-        return stock(*args)
-
-    monkeypatch.setattr(row_ops, "_grad_input", counted)
-    watch = Watch(lambda: len(calls))
-    train_rotary(
+    """From the head down: with layer i active, gradients reach the outputs of the parked linears of the layers above
+    it, and of no others."""
+    reached: list[int] = []
+    watch = Watch(lambda: len(reached))
+    trainer, prepared = make_rotary_trainer(
         model_path, str(tmp_path), callbacks=[watch], max_steps=6, gradient_checkpointing=checkpointing,
         rotary={"active": 1, "steps_per_block": 1, "order": "reverse", "frozen": "int8"},
     )  # fmt: skip
+
+    def watch_output(layer: QuantizedLinear, inputs: Any, output: torch.Tensor) -> None:
+        if output.requires_grad and layer.dense is not None and not layer.dense.numel():
+            output.register_hook(lambda gradient: reached.append(1))
+
+    for layer in _quantized(prepared).values():
+        layer.register_forward_hook(watch_output)
+    trainer.train()
     per_step = [after - before for before, after in zip([0, *watch.values], watch.values, strict=False)]
     above = [0, 0, 1, 2, 3, 4]  # head, layers 3, 2, 1, 0, embedding
     assert per_step == [LINEARS * MICRO_BATCHES * layers for layers in above]
@@ -175,39 +176,6 @@ def test_moments_are_dropped_or_come_back(model_path: str, tmp_path: Path, momen
     assert counters[-1] == {norm, own}, "the final norm is active all the time and never starts again"
 
 
-def test_kept_moments_in_8_bit_are_close_and_never_lose_a_second_moment() -> None:
-    generator = torch.Generator().manual_seed(0)
-    numel = 2**17  # a whole number of rows of the 8-bit format
-    first = torch.randn(numel, generator=generator) * 1e-4
-    second = first.square() * torch.logspace(-6, 0, numel)
-    store = Moments(bits=8)
-    store.put("w", {"exp_avg": first, "exp_avg_sq": second, "step": torch.tensor(3.0)})
-    assert store.num_bytes < 2.1 * numel
-    state = store.take("w", torch.device("cpu"))
-    assert state["step"] == 3 and not store.kept
-    assert float((state["exp_avg"] - first).norm() / first.norm()) < 0.02
-    assert float((state["exp_avg_sq"].sqrt() - second.sqrt()).norm() / second.sqrt().norm()) < 0.02
-    assert state["exp_avg_sq"].min() > 0
-    exact = Moments(bits=32)
-    exact.put("w", {"exp_avg": first})
-    assert torch.equal(exact.take("w", torch.device("cpu"))["exp_avg"], first)
-
-
-def test_states_are_merged_and_split_exactly() -> None:
-    """As bitsandbytes' 8-bit AdamW keeps them: codes, scales per 256 weights, a code book, a counter."""
-    sizes = [512, 512, 300]
-    pieces = [
-        {"state1": torch.arange(n, dtype=torch.uint8), "absmax1": torch.rand(-(-n // 256)), "qmap1": torch.rand(256)}
-        for n in sizes
-    ]
-    for piece in pieces:
-        piece["qmap1"] = pieces[0]["qmap1"]
-    whole = merge_states(pieces, sizes)
-    assert [whole[key].numel() for key in ("state1", "absmax1", "qmap1")] == [1324, 6, 256]
-    for piece, again in zip(pieces, split_state(whole, sizes), strict=True):
-        assert all(torch.equal(again[key], value) for key, value in piece.items())
-
-
 @pytest.mark.parametrize("engine", ["one-process", "ddp", "fsdp2-full"])
 @pytest.mark.parametrize("frozen", ["int8", "nf4"])
 def test_rows_of_parked_layers_are_made_from_the_masters(
@@ -226,24 +194,51 @@ def test_rows_are_rewritten_where_fsdp2_keeps_layers_gathered(model_path: str, t
         assert counts == (LAYERS * LINEARS, LAYERS * LINEARS)
 
 
+def test_masters_replaced_after_an_evaluation_reach_rows_that_it_left_gathered(
+    model_path: str, tmp_path: Path
+) -> None:
+    """As `load_best_model_at_end` replaces them. FSDP2 would go on with the gathered rows, or lose the new ones."""
+    env = {**launch_env("fsdp2"), "FSDP_RESHARD_AFTER_FORWARD": "false"}
+    for right in run_distributed(_replace_masters, model_path, str(tmp_path), env=env, process_group=False):
+        assert right == LAYERS * LINEARS
+
+
+def _replace_masters(model_path: str, output_dir: str) -> int:
+    trainer, prepared = make_rotary_trainer(model_path, output_dir, rotary={"frozen": "int8"}, max_steps=1)
+    trainer.train()
+    trainer.evaluate()
+    for name, values in list(prepared.masters.trained()):
+        prepared.masters.store(name, 2 * values)
+    prepared.active.refresh()
+    shard_again(prepared.model)
+    return _compare_rows(prepared)[0]
+
+
+def _compare_rows(prepared: Any, before: dict[str, torch.Tensor] | None = None) -> tuple[int, int]:
+    """How many layers have the rows of their masters, and how many have others than before. Collective."""
+    same = changed = 0
+    for name, layer in _quantized(prepared).items():
+        master = gather_whole(prepared.masters, f"{name}.weight", dtype=layer.dtype, device=torch.device("cpu"))
+        codes, stats = layer.backend.quantize(master.view(-1), master.numel(), lambda rows: rows)
+        dequantized = layer.dequantize()
+        same += torch.equal(dequantized, layer.backend.dequantize(codes, stats, (*master.shape,)))  # type: ignore[arg-type]
+        changed += before is not None and not torch.equal(dequantized, before[name])
+    return same, changed
+
+
+def _quantized(prepared: Any) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in prepared.model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
 def _train_and_compare_rows(model_path: str, output_dir: str, frozen: str) -> tuple[int, int]:
     rotary = {"active": 2, "steps_per_block": 2, "frozen": frozen}
     trainer, prepared = make_rotary_trainer(
         model_path, output_dir, rotary=rotary, dtype=BF16, max_steps=6, learning_rate=1e-2, eval_strategy="steps",
         eval_steps=1, callbacks=[WeightIntegrityCallback(every_n_steps=1)],
     )  # fmt: skip
-    model: Any = prepared.model
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    before = {name: layer.dequantize() for name, layer in layers.items()}
+    before = {name: layer.dequantize() for name, layer in _quantized(prepared).items()}
     trainer.train()
-    same = changed = 0
-    for name, layer in layers.items():
-        master = gather_whole(prepared.masters, f"{name}.weight", dtype=BF16, device=torch.device("cpu"))
-        codes, stats = layer.backend.quantize(master.view(-1), master.numel(), lambda rows: rows)
-        dequantized = layer.dequantize()
-        same += torch.equal(dequantized, layer.backend.dequantize(codes, stats, (*master.shape,)))  # type: ignore[arg-type]
-        changed += not torch.equal(dequantized, before[name])
-    return same, changed
+    return _compare_rows(prepared, before)
 
 
 def test_gradients_travel_once_per_step(model_path: str, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ optimizers their codes and a vector of block scales, and what all pieces of a sl
 The optimizer may cut a slice in pieces; a state here is always the whole slice's.
 
 In 8 bit, a float32 vector is stored in bitsandbytes' blockwise dynamic type, one without negative values as its square
-root, so that Adam's second moments keep the range of the first. What rounds to zero there becomes the smallest other
-value: dividing by the root of a lost second moment would be a step of any size.
+root, so that Adam's second moments keep the range of the first. What rounds to zero there becomes the smallest value
+that its block can hold: dividing by the root of a lost second moment would be a step of any size.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from hf_fsdp_qlora.quantization import DynamicInt8Config, backend_for_config
+from hf_fsdp_qlora.quantization.bitsandbytes import dynamic_map
 
 OPTIMIZER_BLOCK = 256
 """Weights under one scale in bitsandbytes' 8-bit optimizers."""
+_BLOCK = 128
+"""Weights under one scale in kept moments."""
 _CODES, _SCALES, _ROOT = "/codes", "/scales", "/root"
 
 
@@ -84,7 +87,7 @@ def split_state(state: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, A
 
 def expand_state(small: dict[str, Any]) -> dict[str, Any]:
     """A state as the optimizer made it, from one that may have been compressed."""
-    backend = backend_for_config(DynamicInt8Config(), torch.float32)
+    backend = backend_for_config(DynamicInt8Config(_BLOCK), torch.float32)
     state: dict[str, Any] = {}
     for key, value in small.items():
         if key.endswith((_CODES, _SCALES)):
@@ -96,9 +99,10 @@ def expand_state(small: dict[str, Any]) -> dict[str, Any]:
         numel, is_square = value
         vector = backend.dequantize(small[name + _CODES], small[name + _SCALES], (1, numel)).view(-1)
         if is_square:
-            positive = vector[vector > 0]
-            floor = positive.min() if positive.numel() else vector.new_zeros(())
-            vector = torch.where(vector > 0, vector, floor).square()
+            table = dynamic_map(vector.device)
+            scales = small[name + _SCALES].view(torch.float32).view(-1)
+            smallest = scales.repeat_interleave(_BLOCK)[:numel] * table[table > 0].min()
+            vector = torch.maximum(vector, smallest).square()
         state[name] = vector
     return state
 
@@ -111,7 +115,7 @@ def _is_cut(key: str, value: Any, numel: int) -> bool:
 
 
 def _compress(state: dict[str, Any]) -> dict[str, Any]:
-    backend = backend_for_config(DynamicInt8Config(), torch.float32)
+    backend = backend_for_config(DynamicInt8Config(_BLOCK), torch.float32)
     small: dict[str, Any] = {}
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() != 1:

@@ -1,0 +1,47 @@
+"""Optimizer states of parked blocks: what 8 bits keep of them, and slices that are cut in pieces."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_fsdp_qlora.quantization.bitsandbytes import dynamic_map
+from hf_fsdp_qlora.rotary.moments import Moments, merge_states, split_state
+
+
+def test_kept_moments_in_8_bit_are_close_and_never_lose_a_second_moment() -> None:
+    generator = torch.Generator().manual_seed(0)
+    numel = 2**17  # a whole number of rows of the 8-bit format
+    first = torch.randn(numel, generator=generator) * 1e-4
+    second = first.square() * torch.logspace(-6, 0, numel)
+    store = Moments(bits=8)
+    store.put("w", {"exp_avg": first, "exp_avg_sq": second, "step": torch.tensor(3.0)})
+    assert store.num_bytes < 2.1 * numel
+    zero = int((dynamic_map(torch.device("cpu")) == 0).nonzero())
+    store.kept["w"]["exp_avg_sq/codes"][:, :10] = zero  # as a kernel rounds what is nothing beside its neighbours
+    state = store.take("w", torch.device("cpu"))
+    assert state["step"] == 3 and not store.kept
+    assert float((state["exp_avg"] - first).norm() / first.norm()) < 0.02
+    assert float((state["exp_avg_sq"].sqrt() - second.sqrt()).norm() / second.sqrt().norm()) < 0.03
+    # A block's scale is its largest value: what was zeroed comes back as 5.5e-7 of it, not as nothing.
+    lost = state["exp_avg_sq"].sqrt()[:10]
+    assert lost.min() > 1e-7 * float(second[:128].sqrt().max()) and lost.max() < 1e-6 * float(
+        second[:128].sqrt().max()
+    )
+    exact = Moments(bits=32)
+    exact.put("w", {"exp_avg": first})
+    assert torch.equal(exact.take("w", torch.device("cpu"))["exp_avg"], first)
+
+
+def test_states_are_merged_and_split_exactly() -> None:
+    """As bitsandbytes' 8-bit AdamW keeps them: codes, scales per 256 weights, a code book, a counter."""
+    sizes = [512, 512, 300]
+    pieces = [
+        {"state1": torch.arange(n, dtype=torch.uint8), "absmax1": torch.rand(-(-n // 256)), "qmap1": torch.rand(256)}
+        for n in sizes
+    ]
+    for piece in pieces:
+        piece["qmap1"] = pieces[0]["qmap1"]
+    whole = merge_states(pieces, sizes)
+    assert [whole[key].numel() for key in ("state1", "absmax1", "qmap1")] == [1324, 6, 256]
+    for piece, again in zip(pieces, split_state(whole, sizes), strict=True):
+        assert all(torch.equal(again[key], value) for key, value in piece.items())
