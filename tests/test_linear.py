@@ -141,8 +141,10 @@ def test_backward_keeps_packed_rows_only() -> None:
     assert saved and {tensor.data_ptr() for tensor in saved} <= rows
 
 
-def test_layer_compiles_without_a_graph_break_and_its_op_passes_opcheck() -> None:
-    layer = make_linear(torch.randn(48, 80), BitsAndBytesConfig(load_in_4bit=True), bias=True)
+@pytest.mark.parametrize("storage_dtype", [torch.uint8, torch.float32], ids=str)
+def test_layer_compiles_without_a_graph_break_and_its_op_passes_opcheck(storage_dtype: torch.dtype) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    layer = make_linear(torch.randn(48, 80), config, bias=True, storage_dtype=storage_dtype)
     x = torch.randn(3, 80, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
