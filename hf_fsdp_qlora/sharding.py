@@ -19,7 +19,7 @@ Left out: tensor and pipeline parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ from torch.distributed.fsdp import (  # noqa: F401  (some names are for fsdp1.py
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._runtime_utils import _lazy_init as fsdp1_lazy_init  # noqa: F401
 from torch.distributed.fsdp.wrap import CustomPolicy  # noqa: F401
 from torch.distributed.tensor import DTensor, Shard
@@ -122,6 +123,22 @@ def shard_again(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def end_forward(modules: Iterable[nn.Module]) -> None:
+    """Bring groups to rest whose forward never completed, because some module of theirs was not called.
+
+    Such a group would stay gathered through `shard_again`, and torch 2.11 would not gather it for the next forward.
+    Harmless for groups at rest. Not for use between forward and backward.
+
+    Args:
+        modules: that FSDP2 shards.
+    """
+    for module in modules:
+        state = module._get_fsdp_state()  # type: ignore[operator]
+        state._modules_to_run_forward.clear()
+        if state._fsdp_param_group is not None:
+            state._fsdp_param_group._training_state = TrainingState.IDLE
 
 
 def make_mesh(device_type: str, replicas: int) -> DeviceMesh:

@@ -195,8 +195,8 @@ def test_head_trains_after_an_evaluation_and_a_generation(model_path: str, tmp_p
 def _early_story(model_path: str, output_dir: str) -> dict[str, Any]:
     evaluations: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}  # at 2, a checkpoint follows
     trainer = make_trainer(model_path, output_dir, lora={"modules_to_save": ["lm_head"]}, max_steps=3, **evaluations)
-    trainer.evaluate()
     model_of(trainer).generate(input_ids=torch.arange(3, 10)[None], max_new_tokens=2, do_sample=False)
+    trainer.evaluate()
     trainer.train()
     return report(trainer)
 

@@ -24,7 +24,7 @@ from hf_fsdp_qlora.export import adapter_entries, gather_adapter, write_peft_dir
 from hf_fsdp_qlora.fsdp1 import is_wrapped
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.precision import Precision, resolve_precision
-from hf_fsdp_qlora.sharding import allow_forward_method, is_sharded
+from hf_fsdp_qlora.sharding import allow_forward_method, end_forward, is_sharded
 
 _ATTRIBUTE = "hf_fsdp_qlora_attachment"
 
@@ -69,7 +69,7 @@ def prepare_model(model: PreTrainedModel | PeftModel, attached: Attachment) -> N
         sharded: list[Any] = [module for module in model.modules() if is_sharded(module)]
         for module in sharded:
             _restore_class_name(type(module))
-        model.register_forward_hook(functools.partial(_forget_skipped_modules, sharded))
+        model.register_forward_hook(functools.partial(_end_forward, sharded))
         _set_compute_device(base)
         # torch asks for this; the Trainer does it too, but only when training begins. Twice is fine.
         allow_forward_method(model, "generate")
@@ -108,16 +108,16 @@ def _open_autocast(modules: set[torch.nn.Module], dtype: torch.dtype) -> None:
         module.register_forward_hook(leave, always_call=True)
 
 
-def _forget_skipped_modules(sharded: list[Any], *_: Any) -> None:
-    """After a forward without backward, let FSDP2 gather the group [final norm, head] again.
+def _end_forward(sharded: list[torch.nn.Module], *_: Any) -> None:
+    """After a forward without backward, bring the group [final norm, head] to rest.
 
-    TRL's fused head never calls `lm_head`, so the group's forward is never complete and FSDP2 does not gather it for
-    the next one, which fails if a save has sharded it in between (evaluate, save, train). Backward clears the mark.
+    TRL's fused head never calls `lm_head`, so the group's forward is never complete: FSDP2 would not gather it for the
+    next one, which fails if a save has sharded it in between (evaluate, save, train), and would keep it gathered while
+    the optimizer is made or saved. Backward does the same by itself.
     Fixed in torch by https://github.com/pytorch/pytorch/pull/180428; can go when torch 2.11 is no longer supported.
     """
     if not torch.is_grad_enabled():
-        for module in sharded:
-            module._get_fsdp_state()._modules_to_run_forward.clear()
+        end_forward(sharded)
 
 
 def _set_compute_device(base: PreTrainedModel) -> None:
