@@ -24,6 +24,7 @@ host already, as masters).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -53,6 +54,8 @@ from hf_fsdp_qlora.rotary.plan import Plan, active_bytes, make_plan, plan_blocks
 from hf_fsdp_qlora.rotary.schedule import Schedule
 from hf_fsdp_qlora.rotary.state import load_state, save_state
 from hf_fsdp_qlora.trainer_compat import Attachment, FullTraining, attachment, full_training, set_full_training
+
+logger = logging.getLogger(__name__)
 
 
 class Rotary(FullTraining):
@@ -139,6 +142,8 @@ def prepare_rotary(model: PreTrainedModel, config: RotaryConfig) -> Rotary:
     )
     names = [name for block in plan.blocks for name in block.parameters]
     stored = {name: attached.stored[name] for name in names}
+    if attached.engine == "fsdp2" and config.frozen_format is None:
+        logger.warning("frozen='bf16': FSDP2 shards quantised rows alone, so every rank holds the whole model")
     masters = Masters(stored, dtype=master_dtype, rank=rank(), world_size=world_size())
     parameters = [_rotary_parameter(model, name, device) for name in names]
     for owner in parameters:
