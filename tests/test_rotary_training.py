@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.rotary_story import train_rotary, train_stock
+from tests.rotary_story import losses, make_rotary_trainer, train_rotary, train_stock
 from tests.tiny_models import save_tiny_model
 from tests.trainer_story import launch
 
@@ -84,7 +84,7 @@ def relative_error(weights: dict[str, torch.Tensor], expected: dict[str, torch.T
     return (error / update) ** 0.5
 
 
-ROTATING = dict(active=1, steps_per_block=2, frozen="int8", order="random", seed=3)
+ROTATING: dict[str, Any] = dict(active=1, steps_per_block=2, frozen="int8", order="random", seed=3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"frozen": "nf4", "split": "attention_mlp"}, {"order": "importance"}])
@@ -101,3 +101,20 @@ def test_rotating_runs_agree_on_one_process_ddp_and_fsdp2(llama: str, tmp_path: 
         for key in ("losses", "eval_losses"):
             assert ranks[0][key] == pytest.approx(one[key], rel=1e-5), (name, key)
         assert relative_error(ranks[1]["weights"], one["weights"], loaded(llama)) < 1e-3, name
+
+
+@pytest.mark.parametrize("name", ["one-process", "ddp", "fsdp2-full"])
+def test_an_evaluation_before_training_changes_nothing(llama: str, tmp_path: Path, name: str) -> None:
+    """All is parked then, and accelerate prepares the model for evaluation first."""
+    expected = launch(name, train_rotary, llama, str(tmp_path), rotary=ROTATING)
+    actual = launch(name, _evaluate_then_train, llama, str(tmp_path))
+    assert [rank["losses"] for rank in actual] == [rank["losses"] for rank in expected]
+    start, end = actual[0]["eval_losses"]
+    assert start > 5 and end < start
+
+
+def _evaluate_then_train(model_path: str, output_dir: str) -> dict[str, list[float]]:
+    trainer, _ = make_rotary_trainer(model_path, output_dir, rotary=ROTATING)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    return {**losses(trainer), "eval_losses": [before, trainer.evaluate()["eval_loss"]]}
