@@ -315,3 +315,17 @@ def test_8_bit_optimizer_trains_and_takes_a_quarter_of_the_memory(model_path: st
     assert losses(trainer)["losses"] != expected["losses"]
     held, numel = sizes[2]  # the last step of the first visit
     assert 2 * numel < held < 2.6 * numel, "small tensors are kept in 32 bits, and code books are 2 KiB a tensor"
+
+
+@pytest.mark.parametrize("optim", [name for name in optimizer.SUPPORTED if not name.startswith("adamw")])
+def test_other_optimizers_step_in_pieces_and_keep_their_states(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str
+) -> None:
+    """The same run with pieces of 8,192 weights, over two sweeps: states are cut and joined where they should be."""
+    rotary = {"active": 3, "steps_per_block": 1, "frozen": "int8", "moments": "keep"}
+    run: dict[str, Any] = dict(dtype=BF16, optim=optim, max_steps=6, learning_rate=1e-4, rotary=rotary)
+    expected = train_rotary(model_path, str(tmp_path), **run)
+    monkeypatch.setattr(optimizer, "PIECE_ELEMENTS", 8192)
+    actual = train_rotary(model_path, str(tmp_path), **run)
+    assert actual["losses"] == expected["losses"]
+    assert all(torch.equal(actual["weights"][name], weight) for name, weight in expected["weights"].items())

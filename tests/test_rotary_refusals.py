@@ -74,8 +74,9 @@ def _refusal_under_fsdp2(model_path: str) -> str:
 
 
 def test_trainers_that_are_not_set_up_for_it_are_refused(model_path: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="optim='adafactor' cannot train flat slices"):
-        make_rotary_trainer(model_path, str(tmp_path), optim="adafactor")
+    for optim in ("adafactor", "paged_adamw_8bit", "ademamix"):
+        with pytest.raises(ConfigError, match=f"optim='{optim}' cannot train flat slices"):
+            make_rotary_trainer(model_path, str(tmp_path), optim=optim)
     trainer, _ = make_rotary_trainer(model_path, str(tmp_path), gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ConfigError, match="Reentrant gradient checkpointing"):
         trainer.train()

@@ -10,7 +10,9 @@ stock training. Else it is made in float32, some pieces at a time, so that tempo
 active.
 
 Left out: optimizers that look at a weight's shape (Adafactor, Muon, GaLore, APOLLO) or take gradients in backward
-(LOMO, layer-wise ones): slices are flat, and complete only after clipping.
+(LOMO, layer-wise ones): slices are flat, and complete only after clipping. And bitsandbytes' paged ones, whose page
+manager keeps every state that it ever made: each visit would add to host memory; and AdEMAMix, whose state is a
+matrix that moments.py cannot cut.
 """
 
 from __future__ import annotations
@@ -31,10 +33,8 @@ from hf_fsdp_qlora.rotary.moments import OPTIMIZER_BLOCK, Moments, merge_states,
 PIECE_ELEMENTS = 2**24
 """Weights that are stepped in float32 at once. A multiple of every blockwise optimizer's block."""
 SUPPORTED = (
-    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
-    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "lion_32bit", "lion_8bit",
-    "paged_lion_32bit", "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
-    "sgd", "adagrad", "rmsprop",
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "lion_32bit", "lion_8bit", "rmsprop_bnb",
+    "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "sgd", "adagrad", "rmsprop",
 )  # fmt: skip
 """transformers' names of optimizers that treat every weight by itself, or in blocks of consecutive ones."""
 
