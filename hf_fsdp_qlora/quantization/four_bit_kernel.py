@@ -5,8 +5,9 @@ before its kernel runs. Here a program reads a run of codes and the few statisti
 byte moves once (0.52 bytes read and 2 written per weight in bf16), in one launch.
 
 The values are bit-identical to bitsandbytes' on CUDA: absmax = table[code] * second + offset with both operations
-rounded (the product goes through float64, where it is exact, so that no compiler can fuse the two), then table[code] *
-absmax in float32, rounded once to the dtype. Source: kDequantizeBlockwise in bitsandbytes' csrc/kernels.cu.
+rounded, then table[code] * absmax in float32, rounded once to the dtype. The product is written in PTX with its rounding
+mode, because compilers fuse `a * b + c` otherwise, also where the product is spelled out in float64. Source:
+kDequantizeBlockwise in bitsandbytes' csrc/kernels.cu.
 
 `torch.compile` sees through to the kernel and launches it itself; the tables it reads must be there by then
 (`prepare`), because a graph cannot make them.
@@ -96,7 +97,7 @@ def dequantize(
     _rows_to_weights[(codes.shape[0], NESTED_BLOCKS // blocks)](
         codes, stats, tables[quant_type], tables["dynamic"], weights, codes if used_with is None else used_with,
         shape[0] * shape[1], blocks=blocks, block_bytes=block_size // 2, row_blocks=NESTED_BLOCKS,
-        stats_bytes=stats.shape[1], nested=nested,
+        stats_bytes=stats.shape[1], nested=nested, cuda=codes.is_cuda,
     )  # fmt: skip
     return weights
 
@@ -111,7 +112,7 @@ if triton is not None:
     def _rows_to_weights(
         codes, stats, table, dynamic_map, weights, used_with, numel,
         blocks: tl.constexpr, block_bytes: tl.constexpr, row_blocks: tl.constexpr, stats_bytes: tl.constexpr,
-        nested: tl.constexpr,
+        nested: tl.constexpr, cuda: tl.constexpr,
     ):  # fmt: skip  # type: ignore[no-untyped-def]
         """Program (row, chunk) writes `blocks` blocks of one row."""
         row = tl.program_id(0).to(tl.int64)
@@ -120,16 +121,23 @@ if triton is not None:
             own = stats + row * stats_bytes
             level = (own + row_blocks).to(tl.pointer_type(tl.float32))
             code = tl.load(own + block)
-            product = tl.load(dynamic_map + code.to(tl.int32)).to(tl.float64) * tl.load(level).to(tl.float64)
-            absmax = product.to(tl.float32) + tl.load(level + 1)
+            factor = tl.load(dynamic_map + code.to(tl.int32))
+            second = tl.broadcast_to(tl.load(level), (blocks,))
+            if cuda:
+                product = tl.inline_asm_elementwise(
+                    "mul.rn.f32 $0, $1, $2;", "=f,f,f", [factor, second], dtype=tl.float32, is_pure=True, pack=1
+                )
+            else:  # the interpreter runs no PTX and fuses nothing
+                product = factor * second
+            absmax = product + tl.load(level + 1)
         else:
             absmax = tl.load(stats.to(tl.pointer_type(tl.float32)) + row * row_blocks + block)
         byte = block[:, None] * block_bytes + tl.arange(0, block_bytes)[None, :]
         pairs = tl.load(codes + row * (row_blocks * block_bytes) + byte).to(tl.int32)
-        first = tl.load(table + (pairs >> 4)) * absmax[:, None]
-        second = tl.load(table + (pairs & 15)) * absmax[:, None]
+        high = tl.load(table + (pairs >> 4)) * absmax[:, None]
+        low = tl.load(table + (pairs & 15)) * absmax[:, None]
         dtype = weights.dtype.element_ty
-        values = tl.interleave(first.to(dtype), second.to(dtype))
+        values = tl.interleave(high.to(dtype), low.to(dtype))
         inside = block[:, None] * (2 * block_bytes) + tl.arange(0, 2 * block_bytes)[None, :]
         at = row * (row_blocks * block_bytes * 2) + inside
         tl.store(weights + at, values, mask=at < numel)
