@@ -157,6 +157,8 @@ def stream_slices(slices: Sequence[TensorSlice], device: torch.device) -> Iterat
     Raises:
         OSError: a file cannot be read, or became shorter.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # reader threads have a current device of their own
     reader = _Reader(device)
     waiting: deque[tuple[TensorSlice, Tensor, list[Future[None]]]] = deque()
     waiting_bytes = 0

@@ -204,22 +204,31 @@ def whole(root: FSDP, unit: FSDP, *, writeback: bool = False) -> AbstractContext
 
 
 class _ParameterInit:
-    """Allocates the meta parameters of one module at a time; tied ones stay tied, buffers are left alone."""
+    """Allocates the meta parameters of one module at a time; tied ones stay tied, buffers are left alone.
+
+    It outlives the wrapping, in accelerate's plugin, so it must not hold what it made: FSDP1 frees that, unit by unit.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # by id of the old one, which is kept alive
+        # By id of the old parameter, which is on meta and is kept, so that its id is not used again.
+        self.made: dict[int, tuple[nn.Parameter, weakref.ref[nn.Parameter]]] = {}
 
     def __call__(self, module: nn.Module) -> nn.Module:
         """Returns the module, which accelerate goes on with where weights are tied."""
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                if id(parameter) not in self.made:
-                    empty = torch.empty_like(parameter, device=self.device)
-                    new = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                    self.made[id(parameter)] = (parameter, new)
-                setattr(module, name, self.made[id(parameter)][1])
+                setattr(module, name, self._replacement(parameter))
         return module
+
+    def _replacement(self, parameter: nn.Parameter) -> nn.Parameter:
+        made = self.made.get(id(parameter))
+        new = None if made is None else made[1]()
+        if new is None:
+            empty = torch.empty_like(parameter, device=self.device)
+            new = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            self.made[id(parameter)] = (parameter, weakref.ref(new))
+        return new
 
 
 def _own_units(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:

@@ -16,8 +16,12 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 PRELOAD = ["torch", "torch.distributed.fsdp", "transformers", "accelerate", "peft", "trl", "bitsandbytes", "datasets"]
 _context = multiprocessing.get_context("forkserver")
+if torch.cuda.is_available():  # libraries open the GPU when they are imported, and CUDA does not survive a fork
+    _context = multiprocessing.get_context("spawn")  # type: ignore[assignment]
 _context.set_forkserver_preload([*PRELOAD, "transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer"])
 
 
@@ -95,7 +99,6 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout_s: float) ->
 
 def _run_rank(pipe: Connection, function: Callable, args: tuple, kwargs: dict, env: dict, process_group: bool) -> None:
     os.environ.update(env)
-    import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)

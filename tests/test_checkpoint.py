@@ -34,6 +34,18 @@ def test_slices_equal_the_library_whatever_the_lookahead(tmp_path: Path, monkeyp
             assert values.dtype == wanted.dtype and torch.equal(values, wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_slices_reach_a_gpu_unchanged(device: str, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, shard_size="100KB")
+    slices = [TensorSlice(t, 0, t.numel) for t in index_checkpoint(find_checkpoint(str(tmp_path))).values()]
+    for there, here in zip(
+        stream_slices(slices, torch.device(device)), stream_slices(slices, torch.device("cpu")), strict=True
+    ):
+        assert there.is_cuda and torch.equal(there.cpu(), here)
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.arange(1000.0)}, path)

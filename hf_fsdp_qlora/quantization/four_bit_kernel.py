@@ -5,8 +5,8 @@ before its kernel runs. Here a program reads a run of codes and the few statisti
 byte moves once (0.52 bytes read and 2 written per weight in bf16), in one launch.
 
 The values are bit-identical to bitsandbytes' on CUDA: absmax = table[code] * second + offset with both operations
-rounded, then table[code] * absmax in float32, rounded once to the dtype. The product is written in PTX with its rounding
-mode, because compilers fuse `a * b + c` otherwise, also where the product is spelled out in float64. Source:
+rounded, then table[code] * absmax in float32, rounded once to the dtype. The product is written in PTX with its
+rounding mode, because compilers fuse `a * b + c` otherwise, also where the product is spelled out in float64. Source:
 kDequantizeBlockwise in bitsandbytes' csrc/kernels.cu.
 
 `torch.compile` sees through to the kernel and launches it itself; the tables it reads must be there by then
