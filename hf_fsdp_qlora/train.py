@@ -271,15 +271,17 @@ def save_report(report: Any, args: SFTConfig) -> None:
 
 
 def _last_complete_checkpoint(output_dir: Path) -> str | None:
-    """A run that is killed while it saves leaves a folder without `trainer_state.json`, which is written last."""
+    """A run that is killed while it saves leaves a folder without a whole `trainer_state.json`, written last."""
+    from hf_fsdp_qlora.trainer_compat.unfinished import TRAINER_STATE_NAME, is_unfinished
+
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*")}
     folders = sorted((int(match[1]), path) for path, match in steps.items() if match and path.is_dir())
     skipped: list[str] = []
-    while folders and not (folders[-1][1] / "trainer_state.json").is_file():
+    while folders and (is_unfinished(folders[-1][1]) or not (folders[-1][1] / TRAINER_STATE_NAME).is_file()):
         skipped.append(folders.pop()[1].name)
     if skipped:
-        logger.warning("Not resuming %s in %s: no trainer_state.json, so saving was cut short", ", ".join(skipped),
-                       output_dir)  # fmt: skip
+        logger.warning("Not resuming %s in %s: no whole %s, so saving was cut short", ", ".join(skipped), output_dir,
+                       TRAINER_STATE_NAME)  # fmt: skip
     return str(folders[-1][1]) if folders else None
 
 

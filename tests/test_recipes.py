@@ -219,6 +219,9 @@ def test_resume_point_means_last_complete_given_or_none(
 
     assert point("auto") is None and point("false") is None
     (tmp_path / "checkpoint-20").mkdir()  # its save was cut short
+    (tmp_path / "checkpoint-30").mkdir()  # so was this one's, while the last file was written
+    (tmp_path / "checkpoint-30" / ".saving").touch()
+    (tmp_path / "checkpoint-30" / "trainer_state.json").write_text('{"global_step"')
     with pytest.raises(ConfigError, match="has no complete checkpoint"):
         point("true")
     for step in (5, 10):
