@@ -37,9 +37,9 @@ DEFAULTS: dict[str, Any] = {
     "gradient_checkpointing_kwargs": None, "load_best_model_at_end": False,
     "load_in_4bit": False, "load_in_8bit": False, "lora_dropout": 0.05, "lora_modules_to_save": None, "lora_r": 16,
     "lora_target_modules": None, "lora_target_parameters": None, "max_length": 1024, "model_init_kwargs": None,
-    "model_name_or_path": None, "offload": None, "offload_pin_memory": True, "optim": "adamw_torch_fused",
-    "packing": False, "packing_strategy": "bfd", "per_device_train_batch_size": 8, "save_on_each_node": False,
-    "save_only_model": False, "save_strategy": "steps", "trust_remote_code": False,
+    "model_name_or_path": None, "model_revision": "main", "offload": None, "offload_pin_memory": True,
+    "optim": "adamw_torch_fused", "packing": False, "packing_strategy": "bfd", "per_device_train_batch_size": 8,
+    "save_on_each_node": False, "save_only_model": False, "save_strategy": "steps", "trust_remote_code": False,
     "use_bnb_nested_quant": False, "use_peft": False,
 }  # fmt: skip
 """Upstream's defaults of the keys that the rules read, so that checking needs no torch. A test compares them."""
@@ -267,7 +267,7 @@ def _model_facts(run: Run) -> tuple[ModelFacts | None, str]:
 
     options = {"trust_remote_code": run.get("trust_remote_code")}
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True, **options)
+        config = AutoConfig.from_pretrained(name, revision=run.get("model_revision"), local_files_only=True, **options)
     except OSError:
         return None, f"the config of {name} is not on this machine"
     except ValueError as error:  # no model_type, or one that this transformers does not know
@@ -276,7 +276,10 @@ def _model_facts(run: Run) -> tuple[ModelFacts | None, str]:
     with torch.device("meta"):
         # Attention kernels that are not installed here may be there where the run will be.
         known = attention if attention in ("sdpa", "eager") else "sdpa"
-        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=known, **options)
+        try:
+            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=known, **options)
+        except ValueError as error:  # an encoder, for example
+            return None, f"{name} is no causal language model: {str(error).splitlines()[0]}"
     try:
         shape = shape_of(skeleton, str(name))
     except ConfigError as error:

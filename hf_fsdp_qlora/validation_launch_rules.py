@@ -156,11 +156,13 @@ def offload_has_fsdp(run: Run) -> Problem | None:
 
 def fsdp1_offloads_flat_parameters(run: Run) -> Problem | None:
     """Seen with torch 2.13 where units compute on the CPU (tests/test_fsdp1_offload.py): with original parameters an
-    offloaded, trained unit adds the gradients of the step before to its own. Frozen units have none."""
-    if run.fsdp_version != 1 or run.offload != "all" or not is_true(run.fsdp("fsdp_use_orig_params")):
+    offloaded, trained unit adds the gradients of the step before to its own. Frozen units have none. `accelerate
+    launch` says true where a config file does not say (commands/launch.py)."""
+    value = run.fsdp("fsdp_use_orig_params")
+    if run.fsdp_version != 1 or run.offload != "all" or not (value is None or is_true(value)):
         return None
     return Problem(
-        "fsdp_config.fsdp_use_orig_params", True,
+        "fsdp_config.fsdp_use_orig_params", value,
         "With offload: all torch's FSDP1 adds old gradients to those of original parameters: adapters train wrongly.",
         "Set fsdp_use_orig_params: false, as accelerate_configs/fsdp1_offload.yaml does, or offload: base.",
     )  # fmt: skip

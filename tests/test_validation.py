@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig, T5Config
 
 from hf_fsdp_qlora.config import recipe_fields
 from hf_fsdp_qlora.errors import ConfigError
@@ -139,7 +139,8 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
          (FSDP2, {**recipe(hqq_nbits=3, hqq_axis=0), "load_in_4bit": False})],
     ),
     "fsdp1_offloads_flat_parameters": (
-        [(fsdp1(fsdp_offload_params=True, fsdp_use_orig_params=True), RECIPE)],
+        [(fsdp1(fsdp_offload_params=True, fsdp_use_orig_params=True), RECIPE),
+         (fsdp1(fsdp_offload_params=True, fsdp_use_orig_params=None), RECIPE)],
         [(fsdp1(fsdp_offload_params=True, fsdp_use_orig_params=False), RECIPE),
          (fsdp1(fsdp_use_orig_params="true"), recipe(offload="base")), (fsdp1(fsdp_use_orig_params=True), RECIPE),
          (fsdp2(fsdp_offload_params=True, fsdp_use_orig_params=True), RECIPE)],
@@ -266,6 +267,28 @@ def test_validate_reports_everything_at_once_with_reason_and_fix() -> None:
     for part in ("fsdp_activation_checkpointing", "LOCAL_STATE_DICT", "adamw_8bit", "bnb_4bit_quant_storage"):
         assert part in text
     assert text.count("why:") == text.count("fix:") == 4
+
+
+def test_config_of_another_kind_of_model_is_no_crash(tmp_path: Path) -> None:
+    """load_model says what such a model is; `validate` must get as far as the other rules."""
+    T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, vocab_size=64).save_pretrained(tmp_path)
+    found = find_problems(FSDP2, recipe(model_name_or_path=str(tmp_path), load_in_8bit=True))
+    assert "weights_have_a_row_format" in {problem.rule for problem in found.problems}
+    assert "no causal language model" in found.not_checked[0]
+
+
+def test_revision_of_the_model_is_the_one_that_is_checked(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    stock = AutoConfig.from_pretrained
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.append(options["revision"])
+        return stock(name, **options)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    for values in (RECIPE, recipe(model_revision="v2")):
+        find_problems(FSDP2, {**values, "model_name_or_path": model})
+    assert asked == ["main", "v2"]
 
 
 def test_validate_says_what_it_could_not_check() -> None:
