@@ -47,9 +47,9 @@ class QuantizedLoraLinear(LoraLinear):
     """PEFT's LoRA layer over a `QuantizedLinear`.
 
     Everything but merging is inherited. One plain adapter that computes in the dtype of the base is added by the
-    base's own product (`lora_linear`): no pass over the output for it. Otherwise the forward differs from PEFT's plain
-    one as PEFT's own 4-bit layer does: the update is rounded to the dtype of the base output before it is added, so
-    that no float32 copy of a whole output appears and the values equal those of stock QLoRA.
+    base's own product (`apply_lora_linear`): no pass over the output for it. Otherwise the forward differs from PEFT's
+    plain one as PEFT's own 4-bit layer does: the update is rounded to the dtype of the base output before it is added,
+    so that no float32 copy of a whole output appears and the values equal those of stock QLoRA.
     """
 
     fuse: bool = True
@@ -83,7 +83,7 @@ class QuantizedLoraLinear(LoraLinear):
         return result
 
     def _fusible(self, x: Tensor, name: str) -> bool:
-        """Whether `lora_linear` computes what this layer means: one input, one dtype, nobody watching A or B."""
+        """Whether `apply_lora_linear` computes what this layer means: one input, one dtype, nobody watching A or B."""
         base: Any = self.base_layer
         lora_a: Any = self.lora_A[name]
         lora_b: Any = self.lora_B[name]

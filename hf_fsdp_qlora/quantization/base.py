@@ -26,7 +26,7 @@ class QuantizationBackend(ABC):
 
     Attributes:
         format: the layout of a row.
-        spec: a string that names the backend and all its settings. The custom ops carry it, because an op's schema
+        spec: a string that names the backend and all its settings. The custom op carries it, because an op's schema
             takes no Python objects.
         dtype: the dtype weights are quantised from and dequantised to.
         compute_dtype: the dtype of the matrix product.
