@@ -15,13 +15,26 @@ import torch
 from transformers import BitsAndBytesConfig, HqqConfig
 
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, DynamicInt8Config, LinearInt8Config, backend_for_config
+from hf_fsdp_qlora.quantization import (
+    BlockwiseFourBitConfig,
+    DenseConfig,
+    DynamicInt8Config,
+    LinearInt8Config,
+    backend_for_config,
+)
 
 RECORD_NAME = "base_quantization.json"
 _ATTRIBUTE = "hf_fsdp_qlora_base_record"
 _CLASSES = {
     kind.__name__: kind
-    for kind in (BitsAndBytesConfig, BlockwiseFourBitConfig, DynamicInt8Config, HqqConfig, LinearInt8Config)
+    for kind in (
+        BitsAndBytesConfig,
+        BlockwiseFourBitConfig,
+        DenseConfig,
+        DynamicInt8Config,
+        HqqConfig,
+        LinearInt8Config,
+    )
 }
 
 
@@ -76,7 +89,7 @@ def read_record(adapter: Path) -> BaseRecord | None:
     if name not in _CLASSES:
         raise ConfigError(f"{file} was written with a {name}, which is not known here. Pass quantization_config.")
     settings = values["quantization_config"]
-    if name in (DynamicInt8Config.__name__, LinearInt8Config.__name__):
+    if name in (DenseConfig.__name__, DynamicInt8Config.__name__, LinearInt8Config.__name__):
         settings.pop("quant_method")  # it follows from the class
     return BaseRecord(_CLASSES[name].from_dict(settings), dtype)
 

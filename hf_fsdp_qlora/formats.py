@@ -81,6 +81,16 @@ def int8_rows(block_size: int) -> RowFormat:
     return RowFormat(row_size=row_size, code_bytes=row_size, stats_bytes=BLOCKS_PER_ROW * FLOAT32_BYTES)
 
 
+def dense_rows(weight_bytes: int) -> RowFormat:
+    """Rows of weights that are not quantised, as many to a row as int8 has in blocks of 128.
+
+    Args:
+        weight_bytes: bytes of a weight, 2 or 4.
+    """
+    row_size = BLOCKS_PER_ROW * 128
+    return RowFormat(row_size=row_size, code_bytes=row_size * weight_bytes, stats_bytes=FLOAT32_BYTES)
+
+
 def hqq_rows(nbits: int, group_size: int, scale_bytes: int) -> RowFormat:
     """Rows of HQQ: codes of exactly `nbits` bits (hqq itself spends 3.2 on 3), then a scale and a zero per group.
 
@@ -90,9 +100,7 @@ def hqq_rows(nbits: int, group_size: int, scale_bytes: int) -> RowFormat:
         scale_bytes: bytes of a scale, and of a zero.
     """
     row_size = BLOCKS_PER_ROW * group_size
-    return RowFormat(
-        row_size=row_size, code_bytes=row_size * nbits // 8, stats_bytes=2 * BLOCKS_PER_ROW * scale_bytes
-    )
+    return RowFormat(row_size=row_size, code_bytes=row_size * nbits // 8, stats_bytes=2 * BLOCKS_PER_ROW * scale_bytes)
 
 
 def shard_range(num_items: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -101,13 +101,15 @@ class QuantizedLinear(nn.Linear):
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features) in `dtype`.
 
-        Collective while the rows are sharded: call it on every rank.
+        Memory of its own. Collective while the rows are sharded: call it on every rank.
         """
         if self.dense is not None and self.dense.numel():
             return self.dense.detach().clone()
         with self._whole_rows() as (codes, stats):
             codes, stats = as_bytes(codes.detach()), as_bytes(stats.detach())
-            return self.backend.dequantize(codes, stats, (self.out_features, self.in_features))
+            weight = self.backend.dequantize(codes, stats, (self.out_features, self.in_features))
+            is_view = weight.untyped_storage().data_ptr() == codes.untyped_storage().data_ptr()
+            return weight.clone() if is_view else weight
 
     def add_dense(self, device: torch.device) -> nn.Parameter:
         """Register the weight itself as a parameter, empty, and let the bias be trained too.

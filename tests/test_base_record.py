@@ -15,7 +15,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig
 from hf_fsdp_qlora import ConfigError, QuantizedLinear, load_model, merge_adapter, save_adapter
 from hf_fsdp_qlora.base_record import RECORD_NAME, read_record
 from hf_fsdp_qlora.commands import merge
-from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, DynamicInt8Config, LinearInt8Config, backend_for_config
+from hf_fsdp_qlora.quantization import (
+    BlockwiseFourBitConfig,
+    DenseConfig,
+    DynamicInt8Config,
+    LinearInt8Config,
+    backend_for_config,
+)
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizer import make_tokenizer
 
@@ -30,6 +36,7 @@ CONFIGS = {
     "fp4, blocks of 128": BlockwiseFourBitConfig(128, bnb_4bit_quant_type="fp4"),
     "linear int8, one layer kept": LinearInt8Config(64, modules_to_not_convert=["down_proj", "lm_head"]),
     "dynamic int8": DynamicInt8Config(),
+    "unquantised rows": DenseConfig(),
     "hqq": HqqConfig(nbits=4, group_size=64),
 }
 

@@ -23,6 +23,18 @@ class BlockwiseFourBitConfig(BitsAndBytesConfig):
         self.bnb_4bit_blocksize = bnb_4bit_blocksize
 
 
+class DenseConfig(QuantizationConfigMixin):
+    """No quantisation: weights in the model's dtype, in rows, so that they are sharded as quantised ones are.
+
+    Args:
+        modules_to_not_convert: linear layers to leave alone; None means the head.
+    """
+
+    def __init__(self, modules_to_not_convert: list[str] | None = None) -> None:
+        self.quant_method = "dense"  # type: ignore[assignment]  # transformers' enum has no such member
+        self.modules_to_not_convert = modules_to_not_convert
+
+
 class _Int8Config(QuantizationConfigMixin):
     def __init__(self, quant_method: str, block_size: int, modules_to_not_convert: list[str] | None) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' enum has no such member

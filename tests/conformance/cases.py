@@ -16,7 +16,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 from transformers import BitsAndBytesConfig, HqqConfig
 
-from hf_fsdp_qlora.quantization import DynamicInt8Config, LinearInt8Config
+from hf_fsdp_qlora.quantization import DenseConfig, DynamicInt8Config, LinearInt8Config
 from tests.conformance import toy_backend
 
 NEEDS_HQQ = pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed (the extra hf_fsdp_qlora[hqq])")
@@ -95,6 +95,7 @@ CASES: dict[str, Case] = {
     "fp4 nested": four_bit("fp4", nested=True),
     "dynamic int8": Case("bitsandbytes_dynamic_int8", DynamicInt8Config, dynamic_int8),
     "linear int8": Case("linear_int8", LinearInt8Config, linear_int8),
+    "dense": Case("dense", DenseConfig, lambda weight: weight),
     "hqq 8": hqq(8),
     "hqq 4": hqq(4),
     "hqq 3": hqq(3),
