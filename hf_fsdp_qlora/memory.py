@@ -168,7 +168,7 @@ def _static_bytes(shape: ModelShape, settings: MemorySettings) -> dict[str, int]
     trainable = trainable_parameters(shape, settings)
     rows = row_format(settings)
     layers = float(shape.num_layers - settings.new_layers)
-    if settings.method == "rotary":  # active rows are released
+    if settings.method == "rotary" and not settings.engine.startswith("fsdp"):  # active rows are released
         layers *= 1 - trainable / shape.total_numel
     codes = statistics = linear = 0
     for layer in shape.linears:
@@ -223,6 +223,7 @@ def _state_bytes(settings: MemorySettings, trained_bytes: int) -> int:
 
 
 def _step(shape: ModelShape, settings: MemorySettings) -> StepSettings:
+    rows = row_format(settings)
     counts = shape.targeted(settings.target_modules) if settings.has_adapters else {}
     return StepSettings(
         batch_size=settings.batch_size,
@@ -231,10 +232,10 @@ def _step(shape: ModelShape, settings: MemorySettings) -> StepSettings:
         lora=frozenset(counts),
         lora_r=settings.lora_r,
         dropout=settings.lora_dropout > 0,
-        fused_lora=settings.lora_dropout == 0 and settings.engine != "fsdp1" and row_format(settings) is not None,
+        fused_lora=settings.lora_dropout == 0 and settings.engine != "fsdp1" and rows is not None,
         checkpointing=settings.gradient_checkpointing,
         padded=settings.padded,
-        quantized=row_format(settings) is not None,
+        quantized=rows is not None and rows.code_bytes < rows.row_size * DTYPE_BYTES[settings.dtype],  # else a view
         block_size=settings.row_block,
         trains_head=settings.trains_head,
         head_is_cast=settings.trains_head and settings.has_adapters and not settings.engine.startswith("fsdp"),

@@ -9,6 +9,7 @@ Everything that stays on the GPU is allocated first. On top of it come, one afte
    | format | bytes |
    | --- | --- |
    | 4 bit | codes twice (n: made, and padded to whole rows), three float32 per block (12 n / block: absmax, less its mean, the padded copy) |
+   | rotary, bf16 | the rows: n weights |
    | int8 | 8 n (weights and quotients in float32), n of codes, 4 n / block |
    | HQQ | 16 n: hqq's own float32 copy, and its solver's six tensors of 16 bit on CUDA |
 
@@ -82,9 +83,11 @@ def fingerprint_bytes(rows: RowFormat, num_rows: int) -> int:
 
 
 def _quantizing_bytes(settings: MemorySettings, numel: int) -> int:
-    int8 = settings.rotary_frozen == "int8" if settings.method == "rotary" else settings.quant_format == "int8"
-    if int8:
+    quant_format = settings.rotary_frozen if settings.method == "rotary" else settings.quant_format
+    if quant_format == "bf16":
+        return numel * DTYPE_BYTES[settings.dtype]
+    if quant_format == "int8":
         return 9 * numel + numel // settings.row_block * 4
-    if settings.quant_format == "hqq":
+    if quant_format == "hqq":
         return 16 * numel
     return numel + 12 * (numel // settings.row_block)

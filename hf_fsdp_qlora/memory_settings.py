@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.formats import RowFormat, four_bit_rows, hqq_rows, int8_rows
+from hf_fsdp_qlora.formats import RowFormat, dense_rows, four_bit_rows, hqq_rows, int8_rows
 from hf_fsdp_qlora.model_shape import ModelShape
 
 GIB = 2**30
@@ -133,6 +133,8 @@ def row_format(settings: MemorySettings) -> RowFormat | None:
     quant_format = settings.quant_format
     if settings.method == "rotary":
         quant_format = settings.rotary_frozen
+        if quant_format == "bf16":
+            return dense_rows(DTYPE_BYTES[settings.dtype])
     if settings.method in ("lora", "full") or quant_format == "bf16":
         return None
     if quant_format == "int8":

@@ -127,7 +127,13 @@ def test_rotary_costs_what_its_parts_cost() -> None:
     assert per_parameter(master_dtype="bfloat16") == pytest.approx(parked + 0.4 + 0.8, rel=1e-4)
     smallest = per_parameter(master_dtype="bfloat16", optimizer="adamw_8bit")
     assert smallest == pytest.approx(parked + 0.4 + 0.2, rel=1e-4)
-    assert per_parameter(rotary_frozen="nf4") < per_parameter() < per_parameter(rotary_frozen="bf16")
+    assert per_parameter(rotary_frozen="nf4") < per_parameter()
+    unquantised = 0.9 * linears / total * (2 + 4 / 8192) + 2 * (total - linears) / total
+    assert per_parameter(rotary_frozen="bf16") == pytest.approx(unquantised + 0.2 + 0.2 + 0.4 + 0.8, rel=1e-4)
+    # FSDP2 keeps the rows of what is active, and has its part of them alone.
+    sharded = estimate_memory(shape, **common | dict(engine="fsdp2", gpus=4, rotary_frozen="bf16"))
+    assert sharded.gpu["weights"] == pytest.approx(2 * linears / 4, rel=1e-4)
+    assert sharded.gpu["other_weights"] == 2 * (total - linears)
     split = estimate_memory(shape, **common | dict(engine="ddp", gpus=4))
     assert split.gpu["adapters"] == pytest.approx((0.2 + 0.4 / 4) * total, rel=1e-4)
     assert split.gpu["optimizer"] == pytest.approx(0.8 / 4 * total, rel=1e-4)
