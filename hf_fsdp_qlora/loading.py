@@ -50,7 +50,7 @@ from hf_fsdp_qlora.precision import Precision, resolve_precision
 from hf_fsdp_qlora.prequantized import pack_checkpoint, replace_packed_linears, runtime_config, take_stored_config
 from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
 from hf_fsdp_qlora.report import make_report
-from hf_fsdp_qlora.rotary.config import RotaryConfig, check_alone
+from hf_fsdp_qlora.rotary.config import RotaryConfig, check_load
 from hf_fsdp_qlora.sharding import apply_fsdp2, apply_fsdp2_to_rows, make_mesh
 from hf_fsdp_qlora.skeleton import build_skeleton, decoder_layers, replace_linears
 from hf_fsdp_qlora.trainer_compat import attach
@@ -145,7 +145,9 @@ def load_model(
     with same_outcome("preparing the model"):
         placement = resolve_offload(offload)
         if rotary is not None:
-            check_alone(peft_config, adapter_name_or_path, compile_layers=compile_layers)
+            check_load(
+                peft_config, adapter_name_or_path, engine=engine, offload=placement, compile_layers=compile_layers
+            )
             quantization_config = quantization_config or rotary.frozen_format
         check = partial(
             check_settings, engine=engine, device=device, numbers=numbers, offload=placement,

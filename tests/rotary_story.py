@@ -37,11 +37,13 @@ def make_rotary_trainer(
     rotary: dict[str, Any] | None = None,
     dtype: torch.dtype = FP32,
     callbacks: list[Any] | None = None,
+    by_format: bool = False,
     **config: Any,
 ) -> tuple[SFTTrainer, Rotary]:
-    """The user's call, on a tiny model."""
+    """The user's call, on a tiny model; `by_format` tells `load_model` the format and nothing of rotary training."""
     settings = RotaryConfig(**{"active": "100%", "steps_per_block": 2, "frozen": "bf16", **(rotary or {})})
-    model: Any = load_model(model_path, rotary=settings, dtype=dtype)
+    how: dict[str, Any] = {"quantization_config": settings.frozen_format} if by_format else {"rotary": settings}
+    model: Any = load_model(model_path, dtype=dtype, **how)
     prepared = prepare_rotary(model, settings)
     args = sft_config(output_dir, model, **config)
     trainer = SFTTrainer(

@@ -177,7 +177,7 @@ def test_moments_are_dropped_or_come_back(model_path: str, tmp_path: Path, momen
 
 
 @pytest.mark.parametrize("engine", ["one-process", "ddp", "fsdp2-full"])
-@pytest.mark.parametrize("frozen", ["int8", "nf4"])
+@pytest.mark.parametrize("frozen", ["int8", "nf4", "bf16"])
 def test_rows_of_parked_layers_are_made_from_the_masters(
     model_path: str, tmp_path: Path, engine: str, frozen: str
 ) -> None:

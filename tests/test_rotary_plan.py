@@ -11,7 +11,7 @@ import transformers
 from transformers import BitsAndBytesConfig
 
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.quantization import LinearInt8Config
+from hf_fsdp_qlora.quantization import DenseConfig, LinearInt8Config
 from hf_fsdp_qlora.rotary.config import ActiveLimit, RotaryConfig
 from hf_fsdp_qlora.rotary.plan import Block, active_bytes, make_plan, plan_blocks
 from hf_fsdp_qlora.rotary.schedule import Schedule
@@ -210,5 +210,5 @@ def test_frozen_formats() -> None:
     assert isinstance(RotaryConfig().frozen_format, LinearInt8Config)
     nf4 = RotaryConfig(frozen="nf4").frozen_format
     assert isinstance(nf4, BitsAndBytesConfig) and nf4.bnb_4bit_quant_type == "nf4" and nf4.bnb_4bit_use_double_quant
-    assert RotaryConfig(frozen="bf16").frozen_format is None
+    assert isinstance(RotaryConfig(frozen="bf16").frozen_format, DenseConfig)
     assert RotaryConfig(master_dtype="bfloat16").torch_master_dtype == torch.bfloat16

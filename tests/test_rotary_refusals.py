@@ -15,9 +15,10 @@ from hf_fsdp_qlora.loading import load_model
 from hf_fsdp_qlora.quantization import LinearInt8Config
 from hf_fsdp_qlora.rotary.config import RotaryConfig
 from hf_fsdp_qlora.rotary.prepare import prepare_rotary
+from tests.distributed import run_distributed
 from tests.rotary_story import make_rotary_trainer
 from tests.tiny_models import save_tiny_model
-from tests.trainer_story import NF4, launch
+from tests.trainer_story import NF4, launch, launch_env
 
 BF16 = torch.bfloat16
 
@@ -70,6 +71,24 @@ def test_fsdp2_model_that_was_not_loaded_for_it_is_refused(model_path: str) -> N
 def _refusal_under_fsdp2(model_path: str) -> str:
     with pytest.raises(ConfigError) as error:
         _prepared(model_path, INT8, rotary=None, quantization_config=INT8.frozen_format)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "message"),
+    [
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "offload='all' with rotary training"),
+        ({"FSDP_VERSION": "1"}, "does not work under FSDP1"),
+    ],
+)
+def test_offload_and_fsdp1_are_refused(model_path: str, fsdp: dict[str, str], message: str) -> None:
+    for error in run_distributed(_refusal, model_path, env={**launch_env("fsdp2"), **fsdp}, process_group=False):
+        assert message in error
+
+
+def _refusal(model_path: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        _prepared(model_path, INT8)
     return str(error.value)
 
 

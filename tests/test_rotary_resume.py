@@ -197,3 +197,27 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over_and_not_others(tmp_path:
     assert last(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"global_step": 11}')  # killed just before the end
     assert last(str(tmp_path)) == str(tmp_path / "checkpoint-11")
+
+
+@pytest.mark.parametrize("frozen", ["int8", "bf16"])
+def test_a_checkpoint_in_a_visit_does_not_shorten_its_update_norms(
+    model_path: str, tmp_path: Path, frozen: str
+) -> None:
+    """A save writes the masters that the norm is measured against; over two sweeps of two visits, saved at each step.
+    Blocks of the first are compared with the file, of the second with what was put aside."""
+    logs = []
+    for save_strategy in ("no", "steps"):
+        trainer, rotary = make_rotary_trainer(
+            model_path, str(tmp_path), max_steps=9, save_strategy=save_strategy, save_steps=1, learning_rate=1e-2,
+            dtype=BF16, rotary={"active": 2, "steps_per_block": 2, "frozen": frozen},
+        )  # fmt: skip
+        trainer.train()
+        assert rotary.active.start_bytes() == 0
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    norms = [
+        [{key: value for key, value in entry.items() if "update_norm" in key} for entry in run_logs]
+        for run_logs in logs
+    ]
+    assert norms[0] == norms[1]
+    seen = [key for entry in norms[0] for key in entry]
+    assert len(seen) > len(set(seen)) > 3, "some block was parked twice"

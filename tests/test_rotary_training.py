@@ -10,7 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_fsdp_qlora.loading import load_model
+from hf_fsdp_qlora.rotary.config import RotaryConfig
+from tests.distributed import run_distributed
 from tests.rotary_story import losses, make_rotary_trainer, train_rotary, train_stock
+from tests.test_hsdp import hsdp
 from tests.tiny_models import save_tiny_model
 from tests.trainer_story import launch
 
@@ -87,7 +91,9 @@ def relative_error(weights: dict[str, torch.Tensor], expected: dict[str, torch.T
 ROTATING: dict[str, Any] = dict(active=1, steps_per_block=2, frozen="int8", order="random", seed=3)
 
 
-@pytest.mark.parametrize("changes", [{}, {"frozen": "nf4", "split": "attention_mlp"}, {"order": "importance"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"frozen": "nf4", "split": "attention_mlp"}, {"frozen": "bf16", "order": "importance"}]
+)
 def test_rotating_runs_agree_on_one_process_ddp_and_fsdp2(llama: str, tmp_path: Path, changes: dict[str, Any]) -> None:
     """More than a sweep. Adam's first steps go by the sign of a gradient, so that an element whose gradient is all
     rounding can go either way: what is compared is the whole update, whose relative error was at most 1.4e-4."""
@@ -118,3 +124,41 @@ def _evaluate_then_train(model_path: str, output_dir: str) -> dict[str, list[flo
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     return {**losses(trainer), "eval_losses": [before, trainer.evaluate()["eval_loss"]]}
+
+
+@pytest.mark.parametrize("name", ["one-process", "ddp"])
+@pytest.mark.parametrize("frozen", ["int8", "bf16"])
+def test_without_fsdp_the_format_is_all_that_load_model_must_know(
+    llama: str, tmp_path: Path, name: str, frozen: str
+) -> None:
+    rotary = {**ROTATING, "frozen": frozen}
+    expected = launch(name, train_rotary, llama, str(tmp_path), rotary=rotary)
+    actual = launch(name, train_rotary, llama, str(tmp_path), rotary=rotary, by_format=True)
+    for rank, other in zip(actual, expected, strict=True):
+        assert_same_run(rank, other)
+
+
+def test_fsdp2_shards_what_is_parked_unquantised(llama: str) -> None:
+    """float32 weights in whole rows of 8192 and four bytes."""
+    for report in launch("fsdp2-full", _report_of_unquantised, llama):
+        linears = sum(weight.nbytes for name, weight in loaded(llama).items() if "_proj" in name)
+        assert report.quantized_layers == 28 and report.sharded_bytes == report.quantized_bytes
+        assert linears < report.quantized_bytes < linears + 28 * 4 * 8193
+
+
+def _report_of_unquantised(model_path: str) -> Any:
+    model: Any = load_model(model_path, rotary=RotaryConfig(frozen="bf16"), dtype=torch.float32)
+    return model.load_report
+
+
+def test_two_replicas_of_two_ranks_agree_with_one_process(llama: str, tmp_path: Path) -> None:
+    """HSDP: rows are split inside a replica, masters and the work of the optimizer over all four ranks."""
+    run: dict[str, Any] = dict(max_steps=4, rotary=ROTATING)
+    [one] = launch("one-process", train_rotary, llama, str(tmp_path), per_device_train_batch_size=4, **run)
+    ranks = run_distributed(
+        train_rotary, llama, str(tmp_path), per_device_train_batch_size=1, world_size=4, env=hsdp(2, 2),
+        process_group=False, **run,
+    )  # fmt: skip
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert relative_error(rank["weights"], one["weights"], loaded(llama)) < 1e-3

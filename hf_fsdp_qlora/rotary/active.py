@@ -120,6 +120,8 @@ class ActiveSet:
         self.slices: dict[str, ActiveSlice] = {}
         self._prefetch = Prefetch(masters, device)
         self._touched: set[str] = set()
+        # What `flush` has overwritten of active parameters; None where that was the checkpoint's own value.
+        self._starts: dict[str, Tensor | None] = {}
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Begin to bring masters of parameters that will be active next; see prefetch.py."""
@@ -158,6 +160,9 @@ class ActiveSet:
     def flush(self) -> None:
         """Write the masters of the active parameters to the host and go on training them."""
         for name, active in self.slices.items():
+            if name not in self._starts:
+                trained = self.masters.is_trained(name)
+                self._starts[name] = self.masters.current(name).clone() if trained else None
             self.masters.store(name, active.values)
 
     def refresh(self) -> None:
@@ -178,6 +183,10 @@ class ActiveSet:
             with torch.no_grad():
                 for active in self.slices.values():
                     _gather(active.buffer)
+
+    def start_bytes(self) -> int:
+        """Host memory of what `flush` has put aside, so that `park` can tell what the visit changed."""
+        return sum(start.nbytes for start in self._starts.values() if start is not None)
 
     def device_bytes(self) -> int:
         """What this rank's device holds of the model: rows, parameters, gradients and master slices."""
@@ -221,11 +230,16 @@ class ActiveSet:
             owner.parameter.data = torch.empty(0, dtype=owner.parameter.dtype, device=self.device)
 
     def _change(self, active: ActiveSlice) -> float:
-        before = torch.empty(active.values.shape, dtype=self.masters.dtype)
-        self.masters.load(active.owner.name, before)
+        name = active.owner.name
+        before = self.masters.current(name)
+        if name in self._starts:
+            start = self._starts.pop(name)
+            before = self.masters.original(name) if start is None else start
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for old, new in zip(before.split(CHANGE_ELEMENTS), active.values.split(CHANGE_ELEMENTS), strict=True):
-            squares += (new.float() - old.to(self.device).float()).square().sum(dtype=torch.float64)
+            squares += (
+                (new.float() - old.to(self.device, self.masters.dtype).float()).square().sum(dtype=torch.float64)
+            )
         return squares.item()
 
 

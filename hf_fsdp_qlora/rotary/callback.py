@@ -7,7 +7,7 @@ Logged, beside the loss: `rotary/visit` (from 0), `rotary/active_blocks` (how ma
 index; backward stops there), `rotary/coverage` (share of the parameters that were active so far),
 `rotary/device_bytes_per_parameter` and `rotary/host_bytes_per_parameter` (of this rank: what it holds of the model
 between steps, optimizer states included, over the whole model's parameters), and for blocks parked since the last log,
-`rotary/update_norm/<block>`: the L2 norm of what the visit changed, or its part after the last checkpoint.
+`rotary/update_norm/<block>`: the L2 norm of what the visit changed, or in a resumed run of its part since.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class RotaryCallback(LogSource):
             "rotary/coverage": round(rotary.schedule.coverage(self.visit + 1), 4),
             "rotary/device_bytes_per_parameter": round((rotary.active.device_bytes() + optimizer_bytes) / numel, 4),
             "rotary/host_bytes_per_parameter": round(
-                (rotary.masters.private_bytes + rotary.moments.num_bytes) / numel, 4
+                (rotary.masters.private_bytes + rotary.active.start_bytes() + rotary.moments.num_bytes) / numel, 4
             ),
             **norms,
         }

@@ -10,7 +10,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.quantization import LinearInt8Config
+from hf_fsdp_qlora.quantization import DenseConfig, LinearInt8Config
 
 Order = Literal["random", "sequential", "reverse", "importance"]
 Split = Literal["layer", "attention_mlp"]
@@ -57,7 +57,7 @@ class RotaryConfig:
             step. An embedding that is always active costs its share of memory and the whole backward pass; the norm
             costs nothing, and a visit of it alone would be wasted.
         seed: of the order, and of stochastic rounding.
-        frozen: the format of parked linear layers; "bf16" means unquantised, in the model's dtype.
+        frozen: the format of parked linear layers; "bf16" means unquantised, in the model's dtype, in rows too.
         master_dtype: of the durable weights on the host; "bfloat16" rounds stochastically.
         moments: optimizer state of a block that is parked: "reset" drops it, "keep" brings it back at the next visit.
         keep_bits: of kept moments, 32 or 8 (blockwise).
@@ -102,12 +102,12 @@ class RotaryConfig:
 
     @property
     def frozen_format(self) -> Any:
-        """The `quantization_config` to load the model with; None where parked blocks are unquantised."""
+        """The `quantization_config` to load the model with."""
         if self.frozen == "int8":
             return LinearInt8Config()
         if self.frozen == "nf4":
             return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        return None
+        return DenseConfig()
 
     @property
     def torch_master_dtype(self) -> torch.dtype:
@@ -135,12 +135,24 @@ def parse_active(active: int | str) -> ActiveLimit:
     )
 
 
-def check_alone(peft_config: Any, adapter_name_or_path: Any, *, compile_layers: bool) -> None:
-    """Refuse an adapter beside rotary training, and layers that would be compiled again at every rotation.
+def check_load(
+    peft_config: Any, adapter_name_or_path: Any, *, engine: str, offload: str, compile_layers: bool
+) -> None:
+    """Refuse, before anything is loaded, what a rotary run cannot go on from.
 
     Raises:
-        ConfigError: one of them is set.
+        ConfigError: an adapter, FSDP1, offload, or layers that would be compiled again at every rotation.
     """
+    if engine == "fsdp1":
+        raise ConfigError(
+            "Rotary training does not work under FSDP1, whose flat parameters cannot be taken apart. Use FSDP2 "
+            "(accelerate_configs/fsdp2.yaml) or DDP."
+        )
+    if offload != "none":
+        raise ConfigError(
+            f"offload={offload!r} with rotary training: what is parked has its weights on the host already, and what "
+            "is active must be on the device. Leave offload (fsdp_offload_params) out."
+        )
     if compile_layers:
         raise ConfigError("compile_layers with rotary: blocks that come and go would be compiled again. Leave it out.")
     if peft_config is not None or adapter_name_or_path is not None:

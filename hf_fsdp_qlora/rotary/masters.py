@@ -80,8 +80,12 @@ class Masters:
         Args:
             out: (slice length,) of any dtype, on any device.
         """
+        out.copy_(self.current(name))
+
+    def current(self, name: str) -> Tensor:
+        """(slice length,) this rank's slice as it is, not copied: the private one, or else `original`."""
         own = self._private.get(name)
-        out.copy_(self._mapped(name) if own is None else own)
+        return self.original(name) if own is None else own
 
     def store(self, name: str, values: Tensor) -> None:
         """Make `values` the master of this rank's slice; what was there before stays until all of it is copied.
@@ -113,7 +117,8 @@ class Masters:
         """Host memory of the private copies of this rank."""
         return sum(tensor.nbytes for tensor in self._private.values())
 
-    def _mapped(self, name: str) -> Tensor:
+    def original(self, name: str) -> Tensor:
+        """(slice length,) this rank's slice as the checkpoint has it, in its dtype: a map of the file."""
         stored = self.stored[name]
         first, last = self.slice_bounds(name)
         if first == last:

@@ -24,7 +24,6 @@ host already, as masters).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -54,8 +53,6 @@ from hf_fsdp_qlora.rotary.plan import Plan, active_bytes, make_plan, plan_blocks
 from hf_fsdp_qlora.rotary.schedule import Schedule
 from hf_fsdp_qlora.rotary.state import load_state, save_state
 from hf_fsdp_qlora.trainer_compat import Attachment, FullTraining, attachment, full_training, set_full_training
-
-logger = logging.getLogger(__name__)
 
 
 class Rotary(FullTraining):
@@ -142,8 +139,6 @@ def prepare_rotary(model: PreTrainedModel, config: RotaryConfig) -> Rotary:
     )
     names = [name for block in plan.blocks for name in block.parameters]
     stored = {name: attached.stored[name] for name in names}
-    if attached.engine == "fsdp2" and config.frozen_format is None:
-        logger.warning("frozen='bf16': FSDP2 shards quantised rows alone, so every rank holds the whole model")
     masters = Masters(stored, dtype=master_dtype, rank=rank(), world_size=world_size())
     parameters = [_rotary_parameter(model, name, device) for name in names]
     for owner in parameters:
@@ -180,16 +175,6 @@ def _check_model(model: Any) -> Attachment:
     attached = attachment(model)
     if attached is None:
         raise ConfigError("The model was not loaded by load_model(), which knows where its weights are. Use it.")
-    if attached.engine == "fsdp1":
-        raise ConfigError(
-            "Rotary training does not work under FSDP1, whose flat parameters cannot be taken apart. Use FSDP2 "
-            "(accelerate_configs/fsdp2.yaml) or DDP."
-        )
-    if attached.offload != "none":
-        raise ConfigError(
-            f"offload={attached.offload!r} with rotary training: what is parked has its weights on the host already, "
-            "and what is active must be on the device. Leave offload (fsdp_offload_params) out."
-        )
     if full_training(model) is not None:
         raise ConfigError("prepare_rotary() was called on this model before. Load it again to begin anew.")
     return attached
@@ -203,9 +188,9 @@ def _check_dtypes(model: PreTrainedModel, config: RotaryConfig) -> None:
             "master_dtype='bfloat16' under a float32 model would round what the device has exactly. Use "
             "master_dtype='float32', or load the model in bfloat16."
         )
-    wanted = None if config.frozen_format is None else backend_for_config(config.frozen_format, model.dtype).spec
+    wanted = backend_for_config(config.frozen_format, model.dtype).spec
     found = {module.backend.spec for module in model.modules() if isinstance(module, QuantizedLinear)}
-    if found != ({wanted} if wanted else set()):
+    if found != {wanted}:
         raise ConfigError(
             f"RotaryConfig has frozen={config.frozen!r}, but the model was loaded with {_readable(found)}. Load it "
             "with load_model(..., rotary=config), or quantization_config=config.frozen_format."
