@@ -7,6 +7,8 @@ the reference is then bitsandbytes on the CPU.
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from bitsandbytes import functional as bnb
 
 from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, backend_for_config
 from hf_fsdp_qlora.quantization.bitsandbytes import BLOCK_SIZES, dynamic_map
-from hf_fsdp_qlora.quantization.four_bit_kernel import TABLES, dequantize, prepare
+from hf_fsdp_qlora.quantization.four_bit_kernel import TABLES, available, dequantize, prepare
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,6 +54,26 @@ def test_kernel_equals_bitsandbytes(quant_type: str, nested: bool, dtype: torch.
             torch.testing.assert_close(made, expected, rtol=2**-7, atol=0)
             continue
         assert torch.equal(_bits(made), _bits(expected)), (shape, (made != expected).sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernel_runs_on_the_device_of_its_rows() -> None:
+    """Merging on cuda:1, for example, while cuda:0 is current."""
+    backend = backend_for_config(BlockwiseFourBitConfig(64, bnb_4bit_use_double_quant=True), torch.bfloat16)
+    weight = torch.randn(513, 1000, device="cuda:1", dtype=torch.bfloat16)
+    codes, stats = backend.quantize(weight.flatten(), weight.numel(), lambda rows: rows)
+    made = backend.dequantize(codes, stats, (513, 1000))
+    assert torch.cuda.current_device() == 0 and made.device == weight.device
+    assert torch.equal(made, backend.reference_dequantize(codes, stats, (513, 1000)))  # type: ignore[attr-defined]
+
+
+def test_kernel_is_for_nvidia_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes runs on AMD GPUs, which torch calls CUDA too; the kernel has PTX in it."""
+    codes: Any = SimpleNamespace(is_cuda=True)
+    assert available(codes) == (torch.version.hip is None)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not available(codes)
 
 
 def test_tables_are_those_of_bitsandbytes() -> None:

@@ -112,7 +112,8 @@ class FourBitBackend(QuantizationBackend):
         the same kernel call on the same absmax as bitsandbytes."""
         if four_bit_kernel.available(codes):
             self.prepare(codes.device)
-            return self._kernel_dequantize(codes, stats, shape, None)
+            with four_bit_kernel.on_device_of(codes):
+                return self._kernel_dequantize(codes, stats, shape, None)
         return self.reference_dequantize(codes, stats, shape)
 
     def traced_dequantize(self, codes: Tensor, stats: Tensor, shape: tuple[int, int], used_with: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ Triton comes with torch's CUDA builds. `available` says whether the kernel can r
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -42,8 +44,15 @@ TABLES = {"nf4": _NF4, "fp4": (*_FP4_HALF, *(-value for value in _FP4_HALF))}
 
 
 def available(codes: Tensor) -> bool:
-    """Whether the kernel can run on these codes: Triton is there and they are on a CUDA device."""
-    return triton is not None and codes.is_cuda
+    """Whether the kernel can run on these codes: Triton is there and they are on an NVIDIA GPU (it has PTX in it)."""
+    return triton is not None and codes.is_cuda and torch.version.hip is None
+
+
+def on_device_of(codes: Tensor) -> AbstractContextManager[object]:
+    """Make the codes' device the current one: Triton launches there, whatever device its arguments are on."""
+    if codes.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(codes.device)
 
 
 def prepare(device: torch.device, dynamic_map: Tensor) -> None:
@@ -86,7 +95,7 @@ def dequantize(
         dtype: bfloat16, float16 or float32.
         used_with: see `QuantizationBackend.traced_dequantize`; the kernel takes it and does not read it.
 
-    `prepare` must have been called for the device.
+    `prepare` must have been called for the device, and it must be the current one (`on_device_of`).
 
     Returns:
         `shape` in `dtype`.
