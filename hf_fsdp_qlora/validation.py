@@ -211,7 +211,7 @@ def find_problems(
     from hf_fsdp_qlora.validation_model_rules import MODEL_RULES, memory_fits
     from hf_fsdp_qlora.validation_rules import RULES
 
-    run = Run(_accelerate_values(accelerate_config), _recipe_values(recipe), gpu_memory_bytes=gpu_memory_bytes)
+    run = Run(accelerate_values(accelerate_config), _recipe_values(recipe), gpu_memory_bytes=gpu_memory_bytes)
     facts, reason = _model_facts(run)
     run = Run(run.accelerate, run.recipe, facts, gpu_memory_bytes)
     rules = RULES if facts is None else (*RULES, *MODEL_RULES)
@@ -229,12 +229,12 @@ def find_problems(
     return Findings(problems)
 
 
-def is_true(value: Any) -> bool:
-    """How accelerate reads a flag of its config, which may be a word."""
-    return value is True or str(value).lower() in ("true", "yes", "1", "on", "y", "t")
+def accelerate_values(config: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The contents of an accelerate config, which is given as for `find_problems`.
 
-
-def _accelerate_values(config: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
+    Raises:
+        ConfigError: there is no such file, or it is no mapping.
+    """
     if isinstance(config, Mapping):
         return config
     path = find_accelerate_config(Path(config))
@@ -245,6 +245,11 @@ def _accelerate_values(config: str | os.PathLike[str] | Mapping[str, Any]) -> Ma
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values, got {type(values).__name__}.")
     return values
+
+
+def is_true(value: Any) -> bool:
+    """How accelerate reads a flag of its config, which may be a word."""
+    return value is True or str(value).lower() in ("true", "yes", "1", "on", "y", "t")
 
 
 def _recipe_values(recipe: Any) -> Mapping[str, Any]:

@@ -119,6 +119,9 @@ def test_train_checks_both_configs_before_it_launches(
     assert "Did you mean 'learning_rate'?" in capsys.readouterr().err
     assert cli.main([*words, "--optim", "adamw_bnb_8bit"]) == 2
     assert "Set optim: adamw_torch_fused" in capsys.readouterr().err
+    two_nodes = ["train", "--config", "llama/8b_nf4_fsdp2", "--accelerate_config", "multi_node"]
+    assert cli.main([*two_nodes, "--num_processes", "4"]) == 2  # the file says 16
+    assert "are not 4 processes" in capsys.readouterr().err
     assert cli.main(["train", "--config", "llama/8b_nf4_fsdp2", "--num_processes", "2"]) == 2
     assert "needs --accelerate_config" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ import sys
 from hf_fsdp_qlora.config import load_recipe, parse_command_line
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.resources import accelerate_config_names, find_accelerate_config, find_recipe, sft_script
-from hf_fsdp_qlora.validation import validate
+from hf_fsdp_qlora.validation import accelerate_values, validate
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -38,7 +38,10 @@ def run(args: argparse.Namespace) -> int | None:
     if args.num_processes and not args.accelerate_config:
         raise ConfigError("--num_processes needs --accelerate_config, which says how the processes work together.")
     if args.accelerate_config:
-        validate(args.accelerate_config, recipe)
+        launched = dict(accelerate_values(args.accelerate_config))
+        if args.num_processes:
+            launched["num_processes"] = args.num_processes
+        validate(launched, recipe)
     script = [str(sft_script()), "--config", str(find_recipe(args.config)), *args.rest]
     command = [sys.executable]
     if args.accelerate_config:
