@@ -307,6 +307,9 @@ def test_merge_command_takes_other_block_sizes(tmp_path: Path, capsys) -> None:
     line = ["merge", str(adapter), "--output", str(tmp_path / "out"), "--into", "dequantized"]
     with pytest.raises(ConfigError, match="--quant-type"):
         merge.run(parser.parse_args(line))
+    for alone in (["--double-quant"], ["--block-size", "128"]):
+        with pytest.raises(ConfigError, match="no effect without --quant-type"):
+            merge.run(parser.parse_args([*line, *alone]))
     line += ["--quant-type", "fp4", "--block-size", "128"]
     with pytest.raises(ConfigError, match="block size 64"):
         merge.run(parser.parse_args([*line, "--text", str(base / "config.json")]))

@@ -73,6 +73,8 @@ def _quantization_config(args: argparse.Namespace, dtype: Any) -> Any:
     from hf_fsdp_qlora.errors import ConfigError
 
     if args.quant_type is None:
+        if args.double_quant or args.block_size != 64:
+            raise ConfigError("--double-quant and --block-size have no effect without --quant-type. Give it too.")
         return None
     if args.into == "original" and args.text is None:
         raise ConfigError("--quant-type has no effect with --into original unless --text asks for a comparison.")
