@@ -61,6 +61,7 @@ def test_compiled_layers_compute_the_same(model: PeftModel, checkpointing: bool)
     """In float32: what differs is the order of sums in fused kernels."""
     expected = step(model)
     layers = decoder_layers(cast(PreTrainedModel, model.get_base_model()))
+    torch._dynamo.reset()  # with transformers 5.17 both cases run the same code, compiled once
     compile_layers(layers)
     if checkpointing:
         model.gradient_checkpointing_enable()
