@@ -165,16 +165,18 @@ class _LoraLinear(torch.autograd.Function):
         input, at_a, weight, weight_stats, lora_a, lora_b = ctx.saved_tensors
         dtype = input.dtype
         rows, grad = input.reshape(-1, ctx.in_features), grad_output.reshape(-1, ctx.out_features)
-        dense = dequantize_rows(weight, weight_stats, ctx.spec, ctx.out_features, ctx.in_features, grad_output).to(
-            dtype
-        )
+        shape = (ctx.out_features, ctx.in_features)
+        grad_input = None
         with torch.autocast(input.device.type, enabled=False):
             grad_at_a = grad @ lora_b.to(dtype)
-            grad_input = _add_product(grad_at_a @ lora_a.to(dtype), ctx.scaling, grad, dense)
-            del dense
+            if ctx.needs_input_grad[0]:  # not in the first layer, if its input is kept
+                dense = dequantize_rows(weight, weight_stats, ctx.spec, *shape, grad_output).to(dtype)
+                update = grad_at_a @ lora_a.to(dtype)
+                grad_input = _add_product(update, ctx.scaling, grad, dense).view(input.shape)
+                del dense
             grad_a = (grad_at_a.t() @ rows).to(lora_a.dtype) * ctx.scaling
             grad_b = (grad.t() @ at_a).to(lora_b.dtype) * ctx.scaling
-        return grad_input.view(input.shape), None, None, None, grad_a, grad_b, None, None, None, None
+        return grad_input, None, None, None, grad_a, grad_b, None, None, None, None
 
 
 def _add_product(update: Tensor, scaling: float, left: Tensor, right: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from hf_fsdp_qlora.formats import four_bit_rows, shard_range
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
 from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, backend_for_config
 from hf_fsdp_qlora.quantization.base import dequantize_op
-from hf_fsdp_qlora.quantization.bitsandbytes import BLOCK_SIZES
+from hf_fsdp_qlora.quantization.bitsandbytes import BLOCK_SIZES, FourBitBackend
 
 # Smaller than a row, ending inside a block, inside a row, odd numbers of elements, one row wide, several rows.
 SHAPES = [(96, 96), (1, 63), (300, 257), (513, 1000), (64, 1), (128, 384)]
@@ -193,6 +193,16 @@ def test_lora_linear_keeps_its_input_and_packed_rows_only(compiled: bool) -> Non
     given = {tensor.data_ptr() for tensor in (x, lora_a, lora_b, layer.weight, layer.weight_stats)}
     others = [tensor for tensor in saved if tensor.data_ptr() not in given and tensor.dim()]
     assert [tuple(tensor.shape) for tensor in others] == [(9, 3)]  # x A
+
+
+def test_lora_linear_does_without_the_weight_where_its_input_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_linear(torch.randn(64, 96), BitsAndBytesConfig(load_in_4bit=True))
+    x, a, b = torch.randn(3, 96), torch.randn(4, 96, requires_grad=True), torch.randn(64, 4, requires_grad=True)
+    output, wanted = layer(x, lora=(a, b, 0.5)), (x @ a.T @ b.T * 0.5).sum()
+    monkeypatch.setattr(FourBitBackend, "dequantize", lambda *_: pytest.fail("dequantised"))
+    output.sum().backward()
+    for found, expected in zip((a.grad, b.grad), torch.autograd.grad(wanted, (a, b)), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_format_arithmetic_of_nested_nf4() -> None:
