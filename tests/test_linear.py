@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.formats import four_bit_rows, shard_range
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
-from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, backend_for_config
+from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, DenseConfig, backend_for_config
 from hf_fsdp_qlora.quantization.base import dequantize_op
 from hf_fsdp_qlora.quantization.bitsandbytes import BLOCK_SIZES, FourBitBackend
 
@@ -223,3 +223,11 @@ def test_format_arithmetic_of_nested_nf4() -> None:
 def test_config_without_a_row_format_is_refused(config: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         backend_for_config(config, torch.bfloat16)
+
+
+def test_unquantised_rows_are_read_in_place() -> None:
+    """A product with them copies no weight."""
+    backend = backend_for_config(DenseConfig(), torch.bfloat16)
+    codes, stats = backend.quantize(torch.randn(3 * 8192 + 5).to(torch.bfloat16), 3 * 8192 + 5, lambda rows: rows)
+    assert backend.dequantize(codes, stats, (3, 8192)).data_ptr() == codes.data_ptr()
+    assert (codes.shape, stats.shape) == ((4, 16384), (4, 4))

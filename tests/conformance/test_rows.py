@@ -156,6 +156,15 @@ def test_moves_and_casts_change_no_byte(
             assert parameter.dtype == storage_dtype and torch.equal(as_bytes(parameter), rows)
 
 
+@EVERY_CASE
+def test_a_dequantised_weight_is_the_callers_own(name: str) -> None:
+    """Also where the backend only looks at the rows."""
+    layer = make_linear(name, make_weight((300, 256), torch.bfloat16))
+    before = layer.dequantize()
+    layer.dequantize().zero_()
+    assert torch.equal(layer.dequantize(), before) and before.any()
+
+
 @DTYPES
 @EVERY_CASE
 def test_output_and_input_gradient_equal_the_dequantised_linear(name: str, dtype: torch.dtype) -> None:
