@@ -8,7 +8,9 @@ is bitwise.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.trainer_compat import Attachment
+from hf_fsdp_qlora.trainer_compat.unfinished import patched_save_checkpoint
 from tests.distributed import run_distributed
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizer import make_tokenizer
@@ -102,6 +106,27 @@ def test_every_checkpoint_is_a_standard_peft_directory(
         assert not list(saved.glob("pytorch_model_fsdp*")) and not list(saved.glob(".saving-*"))
 
 
+def test_saving_survives_a_rotation_that_takes_the_new_checkpoint(tmp_path: Path) -> None:
+    """Beside a checkpoint with a higher number, of a run before, on a file system without times of change."""
+    folder = tmp_path / "checkpoint-3"
+    model: Any = torch.nn.Linear(1, 1)
+    model.hf_fsdp_qlora_attachment = Attachment("none")
+    trainer: Any = SimpleNamespace(
+        model=model, state=SimpleNamespace(global_step=3), args=SimpleNamespace(should_save=True),
+        _get_output_dir=lambda trial: str(tmp_path),
+    )  # fmt: skip
+    marked: list[str] = []
+
+    def rotate(*_: Any) -> None:
+        marked.extend(path.name for path in folder.iterdir())
+        shutil.rmtree(folder)
+
+    patched_save_checkpoint(rotate)(trainer, None, None)
+    assert marked == [".saving"]
+    patched_save_checkpoint(lambda *_: None)(trainer, None, None)
+    assert not list(folder.iterdir()), "the mark is left"
+
+
 @pytest.mark.parametrize(
     ("saved_by", "resumed_by"),
     [
@@ -129,9 +154,7 @@ def test_resuming_equals_the_uninterrupted_run(
         assert_close(adapter(tmp_path / "final"), adapter(folder / "final"))
 
 
-def test_frozen_adapter_evaluates_and_is_saved_unchanged(
-    finished: Finished, model_path: str, tmp_path: Path
-) -> None:
+def test_frozen_adapter_evaluates_and_is_saved_unchanged(finished: Finished, model_path: str, tmp_path: Path) -> None:
     saved = finished["fsdp2-full"][0] / "checkpoint-4"
     history = json.loads((saved / "trainer_state.json").read_text())["log_history"]
     expected = [entry["eval_loss"] for entry in history if entry["step"] == 4 and "eval_loss" in entry]

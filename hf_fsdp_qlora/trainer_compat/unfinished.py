@@ -48,7 +48,8 @@ def patched_save_checkpoint(stock: Any) -> Any:
         with same_outcome(f"saving to {folder}"):  # waits for what other ranks write
             pass
         if trainer.args.should_save:
-            (folder / MARK).unlink()
+            # Rotation goes by numbers where times of change cannot be trusted, and may have taken this very folder.
+            (folder / MARK).unlink(missing_ok=True)
 
     return _save_checkpoint
 
