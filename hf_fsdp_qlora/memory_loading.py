@@ -19,7 +19,7 @@ Everything that stays on the GPU is allocated first. On top of it come, one afte
    for the rows.
 2. **The check**: under FSDP2 the rows of one layer gathered as training gathers them, and their fingerprints.
 3. FSDP1 only: accelerate broadcasts unit by unit, the root unit (everything outside the decoder layers) last: it is
-   whole on the GPU beside this rank's shard of all.
+   whole on the GPU twice, as tensors and as the flat parameter made of them, beside this rank's shard of all.
 
 Left out: magnitudes of DoRA (one dequantised weight), checkpoints in float32.
 """  # noqa: E501
@@ -46,7 +46,7 @@ def loading_bytes(shape: ModelShape, settings: MemorySettings, static: dict[str,
     kept = sum(static[name] for name in ("weights", "statistics", "other_weights", "adapters"))
     if settings.engine == "fsdp1":
         root = shape.outside_numel * DTYPE_BYTES[settings.dtype] if settings.world_size > 1 else 0
-        return max(stream_bytes(shape, settings), kept + root)
+        return max(stream_bytes(shape, settings), kept + 2 * root)
     rows = row_format(settings)
     checked = 0
     if rows is not None:

@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_wizard_asks_for_what_is_missing_and_again_for_what_makes_no_sense(
 
 
 def test_wizard_takes_arrow_keys_on_a_terminal(models: dict[str, str], tmp_path: Path) -> None:
-    """accelerate's menu, in a terminal of its own: arrow down, enter."""
+    """accelerate's menu, in a terminal of its own: arrow down twice, enter."""
     line = ["--model", models["8b"], "--dataset", "d", "--gpus", "1", "--gpu-memory", "80", "--host-memory", "128"]
     line += ["--cores", "8", "--seq-len", "512"]
     files = ["--accelerate-config", str(tmp_path / "a.yaml"), "--recipe", str(tmp_path / "r.yaml")]
@@ -200,11 +201,14 @@ def test_wizard_takes_arrow_keys_on_a_terminal(models: dict[str, str], tmp_path:
         [sys.executable, "-m", "hf_fsdp_qlora.cli", "config", *line, *files],
         stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT,
     )  # fmt: skip
-    for key, before in ((b"\x1b[B", b"\x1b[?25l"), (b"\r", b"\x1b[32mLoRA")):  # cursor hidden; the second one lit up
+    down, enter, lit = b"\x1b[B", b"\r", b"\x1b[32m"
+    hidden_cursor = b"\x1b[?25l"
+    for key, before in ((down, hidden_cursor), (down, lit + b"HQQ"), (enter, lit + b"LoRA")):
         shown = b""
         while before not in shown:
             shown += os.read(ours, 1000)
-        time.sleep(0.5)  # the menu discards what is typed before it listens
+        while termios.tcgetattr(theirs)[3] & termios.ICANON:  # what is typed before it listens is discarded
+            time.sleep(0.05)
         os.write(ours, key)
     assert process.wait(timeout=60) == 0
     assert yaml.safe_load((tmp_path / "r.yaml").read_text())["load_in_4bit"] is False

@@ -243,7 +243,9 @@ def story(model_path: str, output_dir: str, lora: dict[str, Any], resume: str | 
     count = 2 + 3 * trainer.args.process_index
     tokens = model_of(trainer).generate(input_ids=prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
     wrapped = type(trainer.model_wrapped).__name__
-    return {**report(trainer), "evaluated": evaluated, "tokens": tokens.tolist()[0], "wrapped": wrapped}
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    init = type(getattr(plugin, "param_init_fn", None)).__name__
+    return {**report(trainer), "evaluated": evaluated, "tokens": tokens.tolist()[0], "wrapped": wrapped, "init": init}
 
 
 LORAS: dict[str, dict[str, Any]] = {
@@ -301,6 +303,7 @@ def test_stock_trainer_gives_the_run_of_one_process(name: str, lora: str, finish
         assert result["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-2)  # batches are padded differently
         assert result["tokens"][:9] == expected["tokens"]
         assert result["dtypes"] == {"torch.float32"} and result["wrapped"] == "FullyShardedDataParallel"
+        assert result["init"] == "_ParameterInit", "accelerate's own keeps the weights it made"
     for saved in ("checkpoint-2", "checkpoint-4", "final"):
         assert_close(adapter(folder / saved), adapter(reference / saved))
         assert not list((folder / saved).glob("pytorch_model_fsdp*"))

@@ -50,6 +50,8 @@ def patched_prepare_model(stock: Any) -> Any:
             setattr(plugin, name, arguments[name])
         with _without_upcast():
             prepared = stock(accelerator, model, *args, **{**kwargs, "evaluation_mode": False})
+        # accelerate wrapped it in a function that keeps every weight named in `_tied_weights_keys`: the whole head.
+        plugin.param_init_fn = arguments["param_init_fn"]
         fsdp1.finish(prepared)
         base.generate = functools.partial(_generate, prepared, base)
         # As under FSDP2, see prepare_model in model.py.
