@@ -240,8 +240,8 @@ def _store_rows(layer: QuantizedLinear, values: list[Tensor], stored: StoredTens
     def gather_rows(part: Tensor) -> Tensor:
         return _gather_rows(part, layer)
 
-    codes, stats = _make_rows(layer, values, stored, errors)
-    layer.row_fingerprints = gather_rows(fingerprint(codes, stats)[:, None])[:, 0]  # `fill` takes it to the host
+    codes, stats, prints = _make_rows(layer, values, stored, errors)
+    layer.row_fingerprints = gather_rows(prints[:, None])[:, 0]  # `fill` takes it to the host
     if not isinstance(layer.weight, DTensor):
         codes, stats = gather_rows(codes), gather_rows(stats)
     if not errors:
@@ -251,8 +251,9 @@ def _store_rows(layer: QuantizedLinear, values: list[Tensor], stored: StoredTens
 
 def _make_rows(
     layer: QuantizedLinear, values: list[Tensor], stored: StoredTensor, errors: list[Exception]
-) -> tuple[Tensor, Tensor]:
-    """This rank's rows, or after an error none: as from a rank that owns none, with the gathers others wait in."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's rows and their fingerprints, or after an error none: as from a rank that owns none, with the gathers
+    others wait in."""
     gathered = 0
 
     def gather_rows(part: Tensor) -> Tensor:
@@ -269,15 +270,20 @@ def _make_rows(
     try:
         if not errors:
             if isinstance(stored, PackedWeight):
-                return stored.rows(values, last - first)
-            return layer.backend.quantize(values[0].to(layer.dtype), stored.numel, gather_rows)
-    except RuntimeError as error:  # out of memory, for example
+                codes, stats = stored.rows(values, last - first)
+            else:
+                codes, stats = layer.backend.quantize(values[0].to(layer.dtype), stored.numel, gather_rows)
+            return codes, stats, fingerprint(codes, stats)
+    except Exception as error:  # noqa: BLE001  (out of memory, or whatever a backend raises: the others wait)
         errors.append(error)
     row = layer.backend.format
     if isinstance(stored, PackedWeight):
         empty = values[0].new_empty(0, dtype=torch.uint8)
-        return empty.view(0, row.code_bytes), empty.view(0, row.stats_bytes)
-    return layer.backend.quantize(values[0].new_empty(0, dtype=layer.dtype), stored.numel, gather_the_rest)
+        codes, stats = empty.view(0, row.code_bytes), empty.view(0, row.stats_bytes)
+    else:
+        nothing = values[0].new_empty(0, dtype=layer.dtype)
+        codes, stats = layer.backend.quantize(nothing, stored.numel, gather_the_rest)
+    return codes, stats, fingerprint(codes, stats)
 
 
 def _gather_rows(part: Tensor, layer: QuantizedLinear) -> Tensor:

@@ -225,17 +225,17 @@ def shrink_while_reading(path: str) -> str:
 
 
 def run_out_of_memory(path: str, where: str, config: BitsAndBytesConfig) -> str:
-    from hf_fsdp_qlora import loading
+    from hf_fsdp_qlora import loading, weights
     from hf_fsdp_qlora.quantization.bitsandbytes import FourBitBackend
 
     calls = [0]
     stock = FourBitBackend.quantize
 
-    def quantize(self: Any, weights: Tensor, numel: int, gather_rows: Any) -> Any:
+    def quantize(self: Any, values: Tensor, numel: int, gather_rows: Any) -> Any:
         calls[0] += 1
         if calls[0] == 3 and where == "before the gather":
             raise torch.OutOfMemoryError("no memory left")
-        rows = stock(self, weights, numel, gather_rows)
+        rows = stock(self, values, numel, gather_rows)
         if calls[0] == 3 and where == "after the gather":
             raise torch.OutOfMemoryError("no memory left")
         return rows
@@ -243,22 +243,30 @@ def run_out_of_memory(path: str, where: str, config: BitsAndBytesConfig) -> str:
     def materialize(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no memory left")
 
+    def fingerprint(codes: Tensor, stats: Tensor) -> Tensor:
+        if calls[0] == 3 and len(codes):
+            raise ValueError("no memory left")  # a backend's errors are of any type
+        return made(codes, stats)
+
+    made = weights.fingerprint
     if dist.get_rank() == 1:
+        if where == "fingerprinting":
+            weights.fingerprint = fingerprint
         if where == "allocating":
             loading.materialize = materialize
         FourBitBackend.quantize = quantize  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises((RuntimeError, ValueError)) as caught:
         load_model(path, quantization_config=config, peft_config=LORA)
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-@pytest.mark.parametrize("where", ["before the gather", "after the gather", "allocating"])
+@pytest.mark.parametrize("where", ["before the gather", "after the gather", "fingerprinting", "allocating"])
 def test_out_of_memory_on_one_rank_hangs_nobody(llama: Path, where: str, nested: bool) -> None:
     config = nf4(bnb_4bit_use_double_quant=nested)
     first, second = run_distributed(run_out_of_memory, str(llama), where, config, env=FSDP2, timeout_s=60)
     assert "rank 1" in first and "no memory left" in first
-    assert second == "OutOfMemoryError: no memory left"
+    assert second == ("ValueError" if where == "fingerprinting" else "OutOfMemoryError") + ": no memory left"
 
 
 def test_single_file_wins_over_an_older_index_as_in_transformers(tmp_path: Path) -> None:
