@@ -225,17 +225,18 @@ def shrink_while_reading(path: str) -> str:
 
 
 def run_out_of_memory(path: str, where: str, config: BitsAndBytesConfig) -> str:
-    from hf_fsdp_qlora import loading, weights
+    from hf_fsdp_qlora import loading
+    from hf_fsdp_qlora import weights as stream
     from hf_fsdp_qlora.quantization.bitsandbytes import FourBitBackend
 
     calls = [0]
     stock = FourBitBackend.quantize
 
-    def quantize(self: Any, values: Tensor, numel: int, gather_rows: Any) -> Any:
+    def quantize(self: Any, weights: Tensor, numel: int, gather_rows: Any) -> Any:
         calls[0] += 1
         if calls[0] == 3 and where == "before the gather":
             raise torch.OutOfMemoryError("no memory left")
-        rows = stock(self, values, numel, gather_rows)
+        rows = stock(self, weights, numel, gather_rows)
         if calls[0] == 3 and where == "after the gather":
             raise torch.OutOfMemoryError("no memory left")
         return rows
@@ -244,14 +245,14 @@ def run_out_of_memory(path: str, where: str, config: BitsAndBytesConfig) -> str:
         raise torch.OutOfMemoryError("no memory left")
 
     def fingerprint(codes: Tensor, stats: Tensor) -> Tensor:
-        if calls[0] == 3 and len(codes):
+        if calls[0] >= 3 and len(codes):
             raise ValueError("no memory left")  # a backend's errors are of any type
         return made(codes, stats)
 
-    made = weights.fingerprint
+    made = stream.fingerprint
     if dist.get_rank() == 1:
         if where == "fingerprinting":
-            weights.fingerprint = fingerprint
+            stream.fingerprint = fingerprint
         if where == "allocating":
             loading.materialize = materialize
         FourBitBackend.quantize = quantize  # type: ignore[method-assign]
