@@ -46,6 +46,7 @@ from hf_fsdp_qlora.layer_options import set_layer_options
 from hf_fsdp_qlora.load_checks import check_settings, check_wrapped_classes
 from hf_fsdp_qlora.lora import ADAPTER_NAME, add_adapter, initialize_adapters, load_adapter_weights
 from hf_fsdp_qlora.lora_config import check_peft_config, read_adapter_config
+from hf_fsdp_qlora.matching import match_checkpoint
 from hf_fsdp_qlora.precision import Precision, resolve_precision
 from hf_fsdp_qlora.prequantized import pack_checkpoint, replace_packed_linears, runtime_config, take_stored_config
 from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
@@ -54,7 +55,7 @@ from hf_fsdp_qlora.rotary.config import RotaryConfig, check_load
 from hf_fsdp_qlora.sharding import apply_fsdp2, apply_fsdp2_to_rows, make_mesh
 from hf_fsdp_qlora.skeleton import build_skeleton, decoder_layers, replace_linears
 from hf_fsdp_qlora.trainer_compat import attach
-from hf_fsdp_qlora.weights import PlannedWeight, fill, match_checkpoint
+from hf_fsdp_qlora.weights import PlannedWeight, fill
 
 logger = logging.getLogger(__name__)
 

@@ -31,12 +31,12 @@ from hf_fsdp_qlora.checkpoint import StoredTensor, TensorSlice, find_checkpoint,
 from hf_fsdp_qlora.checkpoint_writer import MAX_SHARD_BYTES, CheckpointWriter, new_folder
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.linear import QuantizedLinear
+from hf_fsdp_qlora.matching import match_checkpoint
 from hf_fsdp_qlora.prequantized import take_stored_config
 from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
 from hf_fsdp_qlora.quantization.bitsandbytes import FourBitBackend
 from hf_fsdp_qlora.quantization.stored import pack_weight
 from hf_fsdp_qlora.skeleton import build_skeleton, replace_linears
-from hf_fsdp_qlora.weights import match_checkpoint
 
 logger = logging.getLogger(__name__)
 

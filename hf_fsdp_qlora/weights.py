@@ -1,4 +1,4 @@
-"""From checkpoint tensors to local shards: which tensor goes where, and the stream that fills them.
+"""The stream from checkpoint tensors to local shards.
 
 Every rank walks the same list in the same order and reads only its own part of each tensor, so a node reads the
 checkpoint once. Quantised weights are cut by rows, everything else by dim 0 as FSDP2 cuts it. With replicated rows
@@ -10,7 +10,6 @@ sends no weights to another node while it loads.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -21,14 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.logging import tqdm
 
 from hf_fsdp_qlora.checkpoint import StoredTensor, TensorSlice, stream_slices
 from hf_fsdp_qlora.distributed import rank, same_outcome, world_size
-from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.formats import shard_range
 from hf_fsdp_qlora.integrity import fingerprint
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
@@ -38,9 +33,6 @@ from hf_fsdp_qlora.sharding import local_range, local_tensor, row_ranks
 
 PLAIN_PIECE_BYTES = 64 * 2**20
 """An unquantised tensor is read and copied in pieces of this size, so that the device never holds it twice."""
-
-OLD_ROTARY_KEYS = r"rotary_emb\.inv_freq"
-"""Checkpoints from before transformers 4.32 hold these; they are computed from the config now."""
 
 
 @dataclass(frozen=True)
@@ -73,49 +65,6 @@ class PlannedWeight:
     def target(self) -> Tensor:
         """The parameter or buffer as it is now; FSDP2 replaces parameters when it shards."""
         return getattr(self.module, self.name)
-
-
-def match_checkpoint(
-    model: PreTrainedModel, wanted: dict[str, Tensor], tensors: dict[str, StoredTensor]
-) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Find the model's name for every tensor of the checkpoint, renaming as transformers does.
-
-    Args:
-        model: for its conversion mapping and prefix.
-        wanted: `model.state_dict(keep_vars=True)` as transformers built it, before any layer was replaced.
-        tensors: the checkpoint.
-
-    Returns:
-        The stored tensor of every parameter and persistent buffer (one name of each group of tied ones), and the
-        sorted names of tensors that the model has no use for.
-
-    Raises:
-        ConfigError: a weight is missing, has another shape, or would have to be merged or split while loading.
-    """
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    found: dict[str, StoredTensor] = {}
-    unused: list[str] = []
-    for source, stored in tensors.items():
-        name, converter = rename_source_key(source, renamings, converters, model.base_model_prefix, wanted)
-        if name not in wanted and source in wanted:
-            name = source
-        elif converter is not None:
-            raise ConfigError(
-                f"{source} is merged or split while loading ({converter} in transformers' conversion mapping), which "
-                "cannot be streamed. Save the model once with transformers' save_pretrained(save_original_format="
-                "False) if that stores plain tensors; mixture-of-experts models are not supported."
-            )
-        if name in wanted:
-            found[name] = stored
-        else:
-            unused.append(source)
-    wrong = [f"{n}: {found[n].shape} in the checkpoint, {tuple(wanted[n].shape)} in the model" for n in found
-             if found[n].shape != tuple(wanted[n].shape)]  # fmt: skip
-    if wrong:
-        raise ConfigError("The checkpoint does not fit its config: " + "; ".join(wrong))
-    return _one_name_each(wanted, found), sorted(_drop_expected(model, unused))
 
 
 def fill(weights: Sequence[PlannedWeight], *, device: torch.device) -> int:
@@ -311,29 +260,3 @@ def _read_on(slices: list[TensorSlice], device: torch.device, errors: list[Excep
             except (OSError, RuntimeError) as error:
                 errors.append(error)
         yield torch.empty(0, dtype=piece.tensor.dtype, device=device)
-
-
-def _one_name_each(wanted: dict[str, Tensor], found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Keep one name of each tied group and make sure that every group has one."""
-    groups: dict[int, list[str]] = {}
-    for name, tensor in wanted.items():
-        groups.setdefault(id(tensor), []).append(name)
-    chosen: dict[str, StoredTensor] = {}
-    missing: list[str] = []
-    for names in groups.values():
-        present = [name for name in names if name in found]
-        if present:
-            chosen[present[0]] = found[present[0]]
-        else:
-            missing.extend(names)
-    if missing:
-        raise ConfigError(
-            f"The checkpoint lacks {len(missing)} weights of the model: {', '.join(sorted(missing)[:8])}"
-            f"{', ...' if len(missing) > 8 else ''}. It is not a whole checkpoint of this architecture."
-        )
-    return chosen
-
-
-def _drop_expected(model: PreTrainedModel, unused: list[str]) -> list[str]:
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), OLD_ROTARY_KEYS]
-    return [name for name in unused if not any(re.search(pattern, name) for pattern in patterns)]

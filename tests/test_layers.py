@@ -43,7 +43,7 @@ LAYERS = [
         "validation_model_rules",
         "accelerate_config",
     },
-    {"sharding", "skeleton", "lora_config", "layer_options"},
+    {"sharding", "skeleton", "matching", "lora_config", "layer_options"},
     {"allocation", "fsdp1", "fsdp1_state", "integrity", "report", "dora", "prequantized", "expand", "merge"},
     {"export", "lora", "new_layers", "owners"},
     {"weights", "trainer_compat", "data"},

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_fsdp_qlora.checkpoint import find_checkpoint, index_checkpoint
 from hf_fsdp_qlora.checkpoint_writer import CheckpointWriter
+from hf_fsdp_qlora.matching import match_checkpoint
 from hf_fsdp_qlora.rotary.export import export_model
 from hf_fsdp_qlora.rotary.masters import Masters
-from hf_fsdp_qlora.weights import match_checkpoint
 from tests.distributed import run_distributed
 from tests.tiny_models import ARCHITECTURES, save_tiny_model
 
