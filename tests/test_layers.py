@@ -15,6 +15,7 @@ LAYERS = [
         "precision",
         "resources",
         "goals",
+        "qlora_arguments",
         "rotary_arguments",
         "config",
         "checkpoint",
