@@ -7,8 +7,11 @@ while it wraps, so that this part is not seen. The model is a tiny random Llama 
 
 Every run loads, compares dequantised weights with bitsandbytes on whole tensors, trains in bf16 with fp32 adapters,
 gradient checkpointing and clipping, saves in the middle, and compares gathered rows again. Then some runs are resumed
-from the checkpoint in the middle, by the engine that saved it and by others. Ends with a table; the exit status is 1
-if anything misses its limit. About two minutes.
+from the checkpoint in the middle, by the engine that saved it and by others. Each run's figures are printed when it is
+done, verdicts against one process at the end; the exit status is 1 if anything misses its limit or died.
+
+140 s on two CPU cores, which are left without the offload runs. On a GPU beside other jobs, before ranks were started
+once for an engine and a phase, it took more than 200 s.
 """
 
 from __future__ import annotations
@@ -17,18 +20,19 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from integrity_ours import count_differing, expect, plain_name
-from launch import FSDP2_ENV, describe_machine, run_ranks
+from launch import FSDP2_ENV, describe_machine
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from stock_trainer import logged, make_trainer
+from stories import Failure, Group, Story, tell_all
 from tiny_llama import SEQUENCES, four_bit, linear_weights, relative_error, save_tiny_llama, tokens
 from transformers import AutoModelForCausalLM
 
@@ -100,29 +104,36 @@ def main() -> int:
         save_tiny_llama(folder / "model")
         straight = run_all(folder, dict.fromkeys(RUNS))
         middle = f"checkpoint-{SAVED_AT}"
-        goals = {name: source for name, source in RESUMED.items() if name in RUNS}
+        goals = {name: source for name, source in RESUMED.items() if name in RUNS and source in straight}
         resumed = run_all(folder, {name: place(folder, source) / middle for name, source in goals.items()})
         return report(folder, straight, resumed)
 
 
 def run_all(folder: Path, runs: Mapping[str, Path | None]) -> dict[str, list[Run]]:
-    """Every run in processes of its own; beside a GPU there are cores enough for some at the same time."""
-    with ThreadPoolExecutor(4 if torch.cuda.is_available() else 1) as pool:
-        started: dict[str, Future[list[Run]]] = {}
-        for name, checkpoint in runs.items():
-            world_size, env, arguments = RUNS[name]
-            started[name] = pool.submit(
-                run_ranks, train, str(folder / "model"), str(place(folder, name, checkpoint)), arguments,
-                None if checkpoint is None else str(checkpoint),
-                world_size=world_size, env=env, process_group=world_size > 1,
-            )  # fmt: skip
-        return {name: future.result() for name, future in started.items()}
+    """Every run, by name, from the beginning or from its checkpoint; those that died are missing. Ranks are started
+    once for the runs of an engine; beside a GPU the engines run at the same time."""
+    groups: dict[str, dict[str, Story]] = {}
+    for name, checkpoint in runs.items():
+        _, env, arguments = RUNS[name]
+        what = name if checkpoint is None else f"{name} resumed"
+        args = (str(folder / "model"), str(place(folder, name, checkpoint)), arguments, checkpoint and str(checkpoint))
+        stories = groups.setdefault(name.partition(",")[0], {})
+        stories[name] = Story(train, args, env, show=partial(in_words, what))
+    told = tell_all(
+        {
+            engine: Group(stories, world_size=RUNS[engine][0], process_group=RUNS[engine][0] > 1)
+            for engine, stories in groups.items()
+        }
+    )
+    return {name: outcome for (_, name), outcome in told.items() if not isinstance(outcome, Failure)}
 
 
 def train(path: str, output_dir: str, arguments: dict[str, Any], checkpoint: str | None) -> Run:
     """On every rank: load, check, train, check."""
     started = time.perf_counter()
     device = PartialState().device
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     expected = {name: expect(weight.to(device)) for name, weight in linear_weights(path).items()}
     model: Any = load_model(
         path,
@@ -159,34 +170,46 @@ def train(path: str, output_dir: str, arguments: dict[str, Any], checkpoint: str
 
 
 def report(folder: Path, straight: dict[str, list[Run]], resumed: dict[str, list[Run]]) -> int:
-    """Print everything side by side. Returns the exit status."""
-    reference = straight["one process"][0].losses
-    expected = adapter(folder, "one process")
-    missed = []
+    """Print the verdicts. Returns the exit status."""
+    missed = [name for name in RUNS if name not in straight]
+    missed += [f"{name} resumed" for name in RESUMED if name in RUNS and name not in resumed]
+    if "one process" not in straight or "fsdp2" not in straight:
+        print(f"died, so that there is nothing to compare with: {', '.join(missed)}")
+        return 1
     for name, ranks in straight.items():
-        gap = loss_error(ranks[0].losses, reference)
-        own = adapter(folder, name)
-        plain = own.keys() == expected.keys() and not list(place(folder, name).rglob("pytorch_model_fsdp*"))
-        error = adapter_error(own, expected) if plain else math.inf
-        limit = math.inf if name in OTHER_DTYPE else ADAPTER_LIMIT
-        good = plain and gap < LOSS_LIMIT and error < limit and all(is_sound(rank, name) for rank in ranks)
-        missed += [] if good else [name]
-        print(describe(name, ranks, gap, error, good))
+        missed += [] if judge(folder, name, ranks, straight) else [name]
     for name in (name for name in straight if name.startswith("fsdp1") and name not in OTHER_DTYPE):
-        gap = loss_error(straight[name][0].losses, straight["fsdp2"][0].losses)
-        missed += [] if gap < LOSS_LIMIT else [f"{name} against fsdp2"]
-        print(f"{name} against fsdp2: loss error {gap:.1e}  {'ok' if gap < LOSS_LIMIT else 'BAD'}")
+        missed += [] if compare(f"{name} against fsdp2", straight[name], straight["fsdp2"]) else [f"{name} and fsdp2"]
     for name, ranks in resumed.items():
-        gap = loss_error(ranks[0].losses, straight[RESUMED[name]][0].losses)
-        good = gap < LOSS_LIMIT
-        missed += [] if good else [f"{name} resumed"]
-        verdict = "ok" if good else "BAD"
-        print(f"{name} resumed from step {SAVED_AT} of {RESUMED[name]}: loss error {gap:.1e}  {verdict}")
-    base = AutoModelForCausalLM.from_pretrained(folder / "model")
-    loaded = PeftModel.from_pretrained(base, str(place(folder, "fsdp1") / "final"))
-    print(f"stock PEFT loads the adapter of fsdp1 as {type(loaded).__name__}")
-    print("all within limits" if not missed else f"OUT OF LIMITS: {', '.join(missed)}")
+        what = f"{name} resumed from step {SAVED_AT} of {RESUMED[name]}"
+        missed += [] if compare(what, ranks, straight[RESUMED[name]]) else [f"{name} resumed"]
+    if "fsdp1" in straight:
+        base = AutoModelForCausalLM.from_pretrained(folder / "model")
+        loaded = PeftModel.from_pretrained(base, str(place(folder, "fsdp1") / "final"))
+        print(f"stock PEFT loads the adapter of fsdp1 as {type(loaded).__name__}")
+    print("all within limits" if not missed else f"OUT OF LIMITS OR DIED: {', '.join(missed)}")
     return int(bool(missed))
+
+
+def judge(folder: Path, name: str, ranks: list[Run], straight: dict[str, list[Run]]) -> bool:
+    """Print one line: a run against one process."""
+    gap = loss_error(ranks[0].losses, straight["one process"][0].losses)
+    own, expected = adapter(folder, name), adapter(folder, "one process")
+    plain = own.keys() == expected.keys() and not list(place(folder, name).rglob("pytorch_model_fsdp*"))
+    error = adapter_error(own, expected) if plain else math.inf
+    limit = math.inf if name in OTHER_DTYPE else ADAPTER_LIMIT
+    good = plain and gap < LOSS_LIMIT and error < limit and all(is_sound(rank, name) for rank in ranks)
+    differing = sum(rank.differing_bytes for rank in ranks)
+    print(f"{name}: losses off by {gap:.1e}, adapters {error:.1e}, {differing} bytes differ on any rank  "
+          f"{'ok' if good else 'BAD'}")  # fmt: skip
+    return good
+
+
+def compare(what: str, ranks: list[Run], others: list[Run]) -> bool:
+    """Print one line: the losses of two runs."""
+    gap = loss_error(ranks[0].losses, others[0].losses)
+    print(f"{what}: loss error {gap:.1e}  {'ok' if gap < LOSS_LIMIT else 'BAD'}")
+    return gap < LOSS_LIMIT
 
 
 def is_sound(run: Run, name: str) -> bool:
@@ -201,14 +224,12 @@ def is_sound(run: Run, name: str) -> bool:
     )
 
 
-def describe(name: str, ranks: list[Run], gap: float, error: float, good: bool) -> str:
-    """A few lines of the report."""
-    run = ranks[0]
+def in_words(what: str, run: Run) -> str:
+    """What one rank found."""
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in run.adapter_dtypes)
     return (
-        f"{name}: {'ok' if good else 'BAD'}\n"
-        f"    losses {' '.join(f'{loss:.5f}' for loss in run.losses)} (off by {gap:.1e}), adapters {error:.1e}\n"
-        f"    {sum(rank.differing_bytes for rank in ranks)} of {run.compared_bytes} bytes differ on any rank, weights "
+        f"{what}: losses {' '.join(f'{loss:.5f}' for loss in run.losses)}\n"
+        f"    {run.differing_bytes} of {run.compared_bytes} bytes differ, weights "
         f"{'equal' if run.weights_equal else 'DIFFER'}; rotary {run.rotary_dtype}, adapters {dtypes}; "
         f"{run.peak_gib:.2f} GiB, {run.seconds:.0f} s"
     )

@@ -42,11 +42,13 @@ class Story:
         function: a module-level function; what it returns must be picklable.
         args: its arguments.
         env: environment variables for this story, on top of those of the group.
+        show: a module-level function that puts rank 0's result into words; they are printed when it is there.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    show: Callable[[Any], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,18 @@ def tell_all(groups: Mapping[str, Group]) -> dict[tuple[str, str], Outcome]:
     """
     os.environ.update(QUIET)
     with ThreadPoolExecutor(GROUPS_AT_ONCE if torch.cuda.is_available() else 1) as pool:
-        told = {name: pool.submit(_tell_group, group) for name, group in groups.items()}
+        told = {name: pool.submit(_tell_group, name, group) for name, group in groups.items()}
         return {(name, story): outcome for name in groups for story, outcome in told[name].result().items()}
 
 
-def _tell_group(group: Group) -> dict[str, Outcome]:
+def _tell_group(group_name: str, group: Group) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     while left := {name: story for name, story in group.stories.items() if name not in outcomes}:
         with tempfile.TemporaryDirectory() as folder:
             reason = None
             try:
                 run_ranks(
-                    _tell, folder, left, world_size=group.world_size, env=dict(group.env),
+                    _tell, folder, group_name, left, world_size=group.world_size, env=dict(group.env),
                     process_group=group.process_group, collective_timeout=COLLECTIVE_TIMEOUT,
                 )  # fmt: skip
             except ProcessException as error:
@@ -103,12 +105,12 @@ def _tell_group(group: Group) -> dict[str, Outcome]:
                     outcomes[name] = [pickle.loads(file.read_bytes()) for file in files]
                 elif reason is not None:
                     outcomes[name] = Failure(reason)
-                    print(f"{name} failed:\n{reason}\n", file=sys.stderr, flush=True)
+                    print(f"{group_name}: {name} failed:\n{reason}\n", file=sys.stderr, flush=True)
                     break
     return outcomes
 
 
-def _tell(folder: str, stories: Mapping[str, Story]) -> None:
+def _tell(folder: str, group_name: str, stories: Mapping[str, Story]) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     launched = dict(os.environ)
     for index, (name, story) in enumerate(stories.items()):
@@ -118,7 +120,8 @@ def _tell(folder: str, stories: Mapping[str, Story]) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # logs and progress bars
-            result = pickle.dumps(story.function(*story.args))
+            told = story.function(*story.args)
+        result = pickle.dumps(told)
         partial = _result(folder, index, rank).with_suffix(".partial")
         partial.write_bytes(result)
         partial.rename(_result(folder, index, rank))
@@ -126,7 +129,11 @@ def _tell(folder: str, stories: Mapping[str, Story]) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if rank == 0:
-            print(f"{name}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+            seconds = time.perf_counter() - started
+            print(f"{group_name}: {name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+            if story.show is not None:
+                print(story.show(told), flush=True)
+        del told
 
 
 def _result(folder: str, index: int, rank: int) -> Path:
