@@ -33,7 +33,7 @@ from tests.conformance.cases import CASES
 from tests.distributed import run_distributed
 from tests.test_loading import CPU, FSDP2, LORA, batch, nf4, plain_name
 from tests.tiny_models import save_tiny_model
-from tests.trainer_story import launch_env, make_trainer, model_of, report
+from tests.trainer_story import fsdp1_env, launch_env, make_trainer, model_of, report
 
 FSDP1 = {**CPU, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
 WAYS = {"flat": False, "orig": True}
@@ -225,14 +225,6 @@ def test_saved_adapter_is_continued_and_saving_gathers_nothing_frozen(llama: Pat
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def launched(use_orig_params: bool) -> dict[str, str]:
-    """What `accelerate launch` sets with fsdp1.yaml, without what it cannot do on CPU (broadcast while wrapping)."""
-    env = launch_env("fsdp2")
-    del env["FSDP_RESHARD_AFTER_FORWARD"]
-    return env | {"FSDP_VERSION": "1", "FSDP_USE_ORIG_PARAMS": str(use_orig_params).lower(),
-                  "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}  # fmt: skip
-
-
 def story(model_path: str, output_dir: str, lora: dict[str, Any], resume: str | None = None) -> dict[str, Any]:
     """Evaluate, train with checkpoints, save, generate: through the stock SFTTrainer and accelerate."""
     trainer = make_trainer(model_path, output_dir, lora=lora, callbacks=[WeightIntegrityCallback()])
@@ -254,7 +246,7 @@ LORAS: dict[str, dict[str, Any]] = {
 }
 RUNS = {
     "one": (1, launch_env("plain")), "fsdp2": (2, launch_env("fsdp2")),
-    "flat": (2, launched(False)), "orig": (2, launched(True)),
+    "flat": (2, fsdp1_env(False)), "orig": (2, fsdp1_env(True)),
 }  # fmt: skip
 
 

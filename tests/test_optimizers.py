@@ -13,13 +13,11 @@ import pytest
 import torch
 
 from hf_fsdp_qlora.errors import ConfigError
-from tests.test_fsdp1 import launched
 from tests.tiny_models import save_tiny_model
-from tests.trainer_story import RUNS, adapter, assert_equal, launch, make_trainer, report, train
+from tests.trainer_story import adapter, assert_equal, launch, make_trainer, report, train
 
 # bitsandbytes keeps 32-bit states for fewer than 4,096 numbers: rank 128 makes LoRA's matrices larger, halves too.
 LORA = {"r": 128}
-RUNS |= {"fsdp1-flat": (2, launched(False)), "fsdp1-orig": (2, launched(True))}
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,11 @@ from hf_fsdp_qlora.fsdp1 import clean_name
 from hf_fsdp_qlora.integrity import check_integrity
 from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, LinearInt8Config
 from tests.distributed import run_distributed
-from tests.test_fsdp1 import FSDP1, launched, wrap
+from tests.test_fsdp1 import FSDP1, wrap
 from tests.test_loading import ENGINES, LORA, batch, nf4, plain_name
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizer import make_tokenizer
-from tests.trainer_story import launch_env, make_data, report
+from tests.trainer_story import fsdp1_env, launch_env, make_data, report
 
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4 nested": {},
@@ -204,7 +204,7 @@ def train(path: str, output_dir: str, resume: str | None) -> dict[str, Any]:
     return {**report(trainer), "rows": check_integrity(model), "weights": weights}
 
 
-@pytest.mark.parametrize("env", [launch_env("fsdp2"), launched(False), launched(True)], ids=["fsdp2", "flat", "orig"])
+@pytest.mark.parametrize("env", [launch_env("fsdp2"), fsdp1_env(False), fsdp1_env(True)], ids=["fsdp2", "flat", "orig"])
 def test_two_ranks_train_the_stored_bytes_and_resume_exactly(
     env: dict[str, str], folder: Path, tmp_path: Path
 ) -> None:

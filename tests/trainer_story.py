@@ -38,6 +38,14 @@ def launch_env(
     }  # fmt: skip
 
 
+def fsdp1_env(use_orig_params: bool) -> dict[str, str]:
+    """What `accelerate launch` sets with fsdp1.yaml, without what it cannot do on CPU (broadcast while wrapping)."""
+    env = launch_env("fsdp2")
+    del env["FSDP_RESHARD_AFTER_FORWARD"]
+    return env | {"FSDP_VERSION": "1", "FSDP_USE_ORIG_PARAMS": str(use_orig_params).lower(),
+                  "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}  # fmt: skip
+
+
 SHARDED = "SHARDED_STATE_DICT"
 # name: (world size, environment)
 RUNS: dict[str, tuple[int, dict[str, str]]] = {
@@ -47,11 +55,12 @@ RUNS: dict[str, tuple[int, dict[str, str]]] = {
     "one-process": (1, launch_env("plain")),
     "ddp": (2, launch_env("plain")),
 }
+FSDP1_RUNS = {"fsdp1-flat": (2, fsdp1_env(False)), "fsdp1-orig": (2, fsdp1_env(True))}
 
 
 def launch(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-    """What `function` returned on the ranks of the run of that name in `RUNS`."""
-    world_size, env = RUNS[name]
+    """What `function` returned on the ranks of the run of that name in `RUNS` or `FSDP1_RUNS`."""
+    world_size, env = (RUNS | FSDP1_RUNS)[name]
     group = name == "ddp"  # as after torchrun; under FSDP accelerate opens it
     return run_distributed(function, *args, world_size=world_size, env=env, process_group=group, **kwargs)
 
