@@ -7,15 +7,16 @@ tests/test_optimizers.py; for these runs they are switched off, so that torch an
 one GPU, which two NCCL ranks share, or two; without one it runs on gloo ranks, where "paged" is ordinary memory and
 FSDP1 cannot offload.
 
-Losses of each run beside the same optimizer on one process, or the error that ended it. Exit status 1 if a run does
-not do what the rules say: FSDP1 trains with bitsandbytes' optimizers, FSDP2 raises with them and with Adafactor, and
-FSDP1 with everything offloaded trains flat parameters as without offload. The last line is open: whether original
-parameters do so too where units compute on a GPU.
+Each run's losses, states and peak are printed as soon as it is done, or the error that ended it; at the end all again,
+beside the same optimizer on one process. Exit status 1 if a run does not do what the rules say: FSDP1 trains with
+bitsandbytes' optimizers, FSDP2 raises with them and with Adafactor, and FSDP1 with everything offloaded trains flat
+parameters as without offload. One line is open: whether original parameters do so too where units compute on a GPU.
 """
 
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,13 +34,13 @@ PLAIN = "adamw_torch"
 BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 ORIGINAL, OFFLOAD = {"FSDP_USE_ORIG_PARAMS": "true"}, {"FSDP_OFFLOAD_PARAMS": "true"}
 ENGINES: dict[str, tuple[int, dict[str, str], tuple[str, ...]]] = {
+    "fsdp1, offload all": (2, {**FSDP1_ENV, **OFFLOAD}, (PLAIN,)),
+    "fsdp1, offload all, use_orig_params": (2, {**FSDP1_ENV, **OFFLOAD, **ORIGINAL}, (PLAIN,)),
     "one process": (1, {}, (PLAIN, *BITSANDBYTES, "adafactor")),
     "ddp": (2, {}, BITSANDBYTES),
     "fsdp1": (2, FSDP1_ENV, BITSANDBYTES),
     "fsdp1, use_orig_params": (2, {**FSDP1_ENV, **ORIGINAL}, BITSANDBYTES),
     "fsdp2": (2, FSDP2_ENV, (*BITSANDBYTES, "adafactor")),
-    "fsdp1, offload all": (2, {**FSDP1_ENV, **OFFLOAD}, (PLAIN,)),
-    "fsdp1, offload all, use_orig_params": (2, {**FSDP1_ENV, **OFFLOAD, **ORIGINAL}, (PLAIN,)),
 }
 OPEN = "fsdp1, offload all, use_orig_params"
 
@@ -53,7 +54,7 @@ def main() -> int:
         told = tell_all(
             {
                 engine: Group(
-                    {optim: Story(train, (str(model), f"{name}/{engine}-{optim}", optim)) for optim in optims},
+                    {optim: story(str(model), f"{name}/{engine}-{optim}", engine, optim) for optim in optims},
                     world_size=ranks, env=env, process_group=ranks > 1,
                 )
                 for engine, (ranks, env, optims) in ENGINES.items()
@@ -63,6 +64,10 @@ def main() -> int:
     missed = [key for key, outcome in told.items() if not describe(key, outcome, told["one process", key[1]])]
     print("as the rules say" if not missed else f"NOT as the rules say: {missed}")
     return int(bool(missed))
+
+
+def story(path: str, output_dir: str, engine: str, optim: str) -> Story:
+    return Story(train, (path, output_dir, optim), show=partial(in_words, f"{engine}, {optim}"))
 
 
 def train(path: str, output_dir: str, optim: str) -> tuple[list[float], set[torch.dtype], float]:
@@ -85,6 +90,12 @@ def train(path: str, output_dir: str, optim: str) -> tuple[list[float], set[torc
     return logged(trainer, "loss"), {v.dtype for v in values if isinstance(v, torch.Tensor)}, peak
 
 
+def in_words(what: str, result: tuple[list[float], set[torch.dtype], float]) -> str:
+    losses, dtypes, peak = result
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return f"{what}: losses {' '.join(f'{loss:.5f}' for loss in losses)}, states {names}, {peak:.2f} GiB"
+
+
 def describe(key: tuple[str, str], outcome: Outcome, reference: Outcome) -> bool:
     """Print one line. Returns whether the run did what the rules say."""
     engine, optim = key
@@ -92,12 +103,11 @@ def describe(key: tuple[str, str], outcome: Outcome, reference: Outcome) -> bool
         print(f"{engine}, {optim}: raised: {outcome.reason.splitlines()[-1][:200]}")
         return engine == "fsdp2"
     assert not isinstance(reference, Failure)
-    losses, dtypes, peak = outcome[0]
+    losses, dtypes, _ = outcome[0]
     gap = loss_error(losses, reference[0][0])
-    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    print(f"{engine}, {optim}: losses {' '.join(f'{loss:.5f}' for loss in losses)}, off by {gap:.1e}, states {names}, "
-          f"{peak:.2f} GiB")  # fmt: skip
-    return engine == OPEN or (engine != "fsdp2" and gap < LOSS_LIMIT and ("uint8" in names) == ("8bit" in optim))
+    print(f"{in_words(f'{engine}, {optim}', outcome[0])}, off by {gap:.1e}")
+    small = torch.uint8 in dtypes
+    return engine == OPEN or (engine != "fsdp2" and gap < LOSS_LIMIT and small == ("8bit" in optim))
 
 
 if __name__ == "__main__":
