@@ -14,7 +14,8 @@ Two peaks per case, as the allocator counts them, over all steps and rotations:
 - `total`: at any time, activations included.
 
 Step times are of forward, backward and optimizer, without rotation, as the median of the steps of a visit after its
-first; a rotation is timed apart. Random weights and tokens: only times and sizes mean anything.
+first; a rotation is timed apart. Random weights and tokens: only times and sizes mean anything. A case's figures are
+printed when it is done; the tables at the end put them side by side.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def main() -> None:
             started = time.perf_counter()
             results[case] = run_in_its_own_process(folder, case, args)
             print(f"{case}: {time.perf_counter() - started:.0f} s", flush=True)
+            show_case(case, results[case])
     finally:
         shutil.rmtree(folder)
     show(results)
@@ -209,6 +211,20 @@ class Watch(TrainerCallback):
         }
 
 
+def show_case(case: str, result: dict[str, Any]) -> None:
+    """Everything that a case found, on lines of its own: what a time limit cannot take back."""
+    peaks = ", ".join(f"{phase} {peak / GIB:.2f}" for phase, peak in result["peaks"].items())
+    steps = ", ".join(f"{result['names'][int(lowest)]} {seconds:.3f}" for lowest, seconds in result["step_s"].items())
+    print(
+        f"    {result['numel'] / 1e9:.2f}B parameters; state {result['state_bytes'] / GIB:.2f} GiB, "
+        f"{result['state_bytes'] / result['numel']:.3f} bytes per parameter; total peak "
+        f"{result['total_bytes'] / GIB:.2f} GiB; rotation {result['rotation_s']:.2f} s\n"
+        f"    peaks by phase, GiB: {peaks}\n"
+        f"    seconds of a step by the lowest active block: {steps}",
+        flush=True,
+    )
+
+
 def show(results: dict[str, dict[str, Any]]) -> None:
     print(f"\n{describe_machine()}\n")
     print("| case | parameters | state, bytes per parameter | state GiB | total peak GiB | rotation s |")
@@ -228,8 +244,6 @@ def show(results: dict[str, dict[str, Any]]) -> None:
         cells = [result["step_s"].get(str(row)) for result in results.values()]
         share = "" if full is None or cells[0] is None else f"{cells[0] / full['step_s']['0']:.2f}"
         print(f"| {name} | " + " | ".join("" if cell is None else f"{cell:.3f}" for cell in cells) + f" | {share} |")
-    for case, result in results.items():
-        print(f"\n{case}: peaks by phase, GiB:", {phase: round(n / GIB, 2) for phase, n in result["peaks"].items()})
 
 
 if __name__ == "__main__":
