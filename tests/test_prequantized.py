@@ -204,7 +204,9 @@ def train(path: str, output_dir: str, resume: str | None) -> dict[str, Any]:
     return {**report(trainer), "rows": check_integrity(model), "weights": weights}
 
 
-@pytest.mark.parametrize("env", [launch_env("fsdp2"), fsdp1_env(False), fsdp1_env(True)], ids=["fsdp2", "flat", "orig"])
+@pytest.mark.parametrize(
+    "env", [launch_env("fsdp2"), fsdp1_env(False), fsdp1_env(True)], ids=["fsdp2", "flat", "orig"]
+)
 def test_two_ranks_train_the_stored_bytes_and_resume_exactly(
     env: dict[str, str], folder: Path, tmp_path: Path
 ) -> None:
