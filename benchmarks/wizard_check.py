@@ -1,7 +1,8 @@
 """What the wizard writes for six machines and every goal: does it validate, and does it train as it is?
 
     PYTHONPATH=. python benchmarks/wizard_check.py                          (on a machine with GPUs)
-    PYTHONPATH=. python benchmarks/wizard_check.py --shape tiny --goals qlora   (without)
+    PYTHONPATH=. python benchmarks/wizard_check.py --machines 1x141 2x24 --jobs 8   (eight trainings at a time)
+    PYTHONPATH=. python benchmarks/wizard_check.py --shape tiny --goals qlora   (without GPUs)
 
 For each machine and goal `hf-fsdp-qlora config --yes` gets the machine's figures as flags; its two files go through
 `hf-fsdp-qlora validate`. Where this machine has as many GPUs as the profile, and they are large enough for what the
@@ -11,10 +12,15 @@ no more than the profile's memory of a card (PYTORCH_ALLOC_CONF). A probe says w
 capped"); if not, runs have the whole card, and only the printed peak tells whether the plan was right.
 The CUDA context is outside that count, and so are the link speeds and host memory of the real machine.
 
+With `--jobs` above 1 several trainings share the GPUs, each within its own cap, as long as their plans and contexts
+fit together; each starts on the GPUs with the most memory left. Peaks are per process and stay comparable; seconds do
+not. Rows are printed as they become known, so not in the order of the cases.
+
 Weights are random, in the shape of Llama-3.2-1B with a head of its own; the profile without GPUs has a tiny model. The
 text is the alphabet, a byte a token, in rows of full length. "Trained" means: the command ended with status 0, and its
 log has three finite losses and norms of gradients that are finite and not zero; the size of a loss means nothing. A
-run has RUN_LIMIT_S seconds. Exit status 1 if a wizard, a validation or a training failed.
+run has RUN_LIMIT_S seconds, SHARED_LIMIT_S where others may run beside it. Exit status 1 if a wizard, a validation or
+a training failed.
 """
 
 from __future__ import annotations
@@ -24,30 +30,27 @@ import contextlib
 import io
 import json
 import math
-import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from launch import describe_machine
 from planner_models import SIZES, write_checkpoint
+from wizard_runs import GIB, RUN_LIMIT_S, Cards, Conditions, Ended, cap, cap_holds, card_bytes, cores, run_command
 
 from hf_fsdp_qlora import cli
 from hf_fsdp_qlora.goals import GOALS
 from tests.tiny_tokenizer import make_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 MACHINES: dict[str, tuple[int, int, int]] = {  # GPUs, GiB of a card, GiB of the host
     "1x24": (1, 24, 64), "2x24": (2, 24, 128), "4x16": (4, 16, 128), "8x80": (8, 80, 1024), "cpu": (0, 0, 32),
     "1x141": (1, 141, 256),
@@ -56,8 +59,6 @@ CLI = (sys.executable, "-m", "hf_fsdp_qlora.cli")
 STEPS = 3
 ROWS = 64
 ROW_BYTES = 4096
-RUN_LIMIT_S = 120.0
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -77,29 +78,39 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A command that ran: its exit status (None: it ran past the limit), what it said, and for how long."""
+class Row:
+    """What is known of a case, as a row of the table."""
 
-    status: int | None
-    text: str
-    seconds: float
+    case: Case
+    chosen: str = ""
+    validates: str = ""
+    trained: str = ""
+    problem: str | None = None
+
+    def __str__(self) -> str:
+        return f"| {self.case.machine} | {self.case.goal} | {self.chosen} | {self.validates} | {self.trained} |"
 
 
 def main() -> int:
     args = parse_arguments()
     print(describe_machine(), flush=True)
     started = time.perf_counter()
+    failures = []
     with tempfile.TemporaryDirectory() as name:
         cases = list(make_cases(Path(name), args))
-        capped = torch.cuda.is_available() and cap_holds()
-        print(f"models and data: {time.perf_counter() - started:.0f} s; cards capped: {capped}", flush=True)
-        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
-            written = list(pool.map(ask_wizard, cases))
-        print(f"{len(cases)} wizards: {time.perf_counter() - started:.0f} s\n", flush=True)
-        print("| machine | goal | chosen | validates | trained |\n| --- | --- | --- | --- | --- |", flush=True)
-        failures = [
-            failure for case, wizard in zip(cases, written, strict=True) for failure in look(case, wizard, capped)
-        ]
+        conditions = Conditions(torch.cuda.is_available() and cap_holds(), Cards(), args.jobs)
+        print(f"models and data: {time.perf_counter() - started:.0f} s; cards capped: {conditions.capped}", flush=True)
+        with ThreadPoolExecutor(max(1, cores() // 2)) as wizards, ThreadPoolExecutor(args.jobs) as trainings:
+            rows: list[Future[Row]] = [
+                trainings.submit(finish, row, wizard, conditions)
+                for row, wizard in map(look, cases, wizards.map(ask_wizard, cases))
+            ]
+            print(f"{len(cases)} wizards: {time.perf_counter() - started:.0f} s\n", flush=True)
+            print("| machine | goal | chosen | validates | trained |\n| --- | --- | --- | --- | --- |", flush=True)
+            for future in as_completed(rows):
+                row = future.result()
+                print(row, flush=True)
+                failures += [f"{row.case.machine}, {row.case.goal}: {row.problem}"] if row.problem else []
     for failure in failures:
         print(f"\nFAILED {failure}")
     print(f"\n{len(failures)} failures in {len(cases)} cases; {time.perf_counter() - started:.0f} s")
@@ -111,6 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SIZES, default="1b", help="of the model for machines with GPUs")
     parser.add_argument("--machines", nargs="+", choices=MACHINES, default=list(MACHINES))
     parser.add_argument("--goals", nargs="+", choices=GOALS, default=list(GOALS))
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
     return parser.parse_args()
 
 
@@ -138,30 +150,32 @@ def ask_wizard(case: Case) -> Ended:
     accelerate, recipe = case.files
     command = [
         *CLI, "config", "--yes", "--model", str(case.model), "--dataset", str(case.data), "--goal", case.goal,
-        "--gpus", str(gpus), "--host-memory", f"{host}GiB", "--cores", str(len(os.sched_getaffinity(0))),
+        "--gpus", str(gpus), "--host-memory", f"{host}GiB", "--cores", str(cores()),
         "--accelerate-config", accelerate, "--recipe", recipe,
     ]  # fmt: skip
-    return run_command([*command, *(["--gpu-memory", f"{card}GiB"] if gpus else [])], case.folder, {})
+    return run_command([*command, *(["--gpu-memory", f"{card}GiB"] if gpus else [])], case.folder, {}, RUN_LIMIT_S)
 
 
-def look(case: Case, wizard: Ended, capped: bool) -> Iterator[str]:
-    """Validate, train, and print the row of the table. Yields what failed."""
-    chosen, validates, trained = "", "", ""
-    problem = None
+def look(case: Case, wizard: Ended) -> tuple[Row, Ended]:
+    """Validate what the wizard wrote. In one thread only: the command line's output goes through `sys.stdout`."""
     if wizard.status != 0:
-        validates, problem = "NO FILES", f"the wizard: {wizard.text[-2000:]}"
-    else:
-        chosen = describe_choice(*case.files) + f", plans {planned_gib(wizard)} GiB a card" * bool(planned_gib(wizard))
-        problem = validate(case)
-        validates = "NO" if problem else "yes"
-        obstacle = "it does not validate" if problem else why_not_here(case, wizard)
-        if obstacle:
-            trained = f"not run: {obstacle}"
-        else:
-            trained, problem = train(case, wizard, capped)
-    print(f"| {case.machine} | {case.goal} | {chosen} | {validates} | {trained} |", flush=True)
-    if problem:
-        yield f"{case.machine}, {case.goal}: {problem}"
+        return Row(case, validates="NO FILES", problem=f"the wizard: {wizard.text[-2000:]}"), wizard
+    planned = planned_gib(wizard)
+    chosen = describe_choice(*case.files) + f", plans {planned} GiB a card" * bool(planned)
+    problem = validate(case)
+    return Row(case, chosen, "NO" if problem else "yes", problem=problem), wizard
+
+
+def finish(row: Row, wizard: Ended, conditions: Conditions) -> Row:
+    """Train, if the files are good and this machine is large enough."""
+    if wizard.status != 0:
+        return row
+    obstacle = "it does not validate" if row.problem else why_not_here(row.case, wizard)
+    if obstacle:
+        return replace(row, trained=f"not run: {obstacle}")
+    with conditions.cards.take(MACHINES[row.case.machine][0], planned_gib(wizard)) as gpus:
+        trained, problem = train(row.case, wizard, gpus, conditions)
+    return replace(row, trained=trained, problem=problem)
 
 
 def describe_choice(accelerate_file: str, recipe_file: str) -> str:
@@ -202,19 +216,19 @@ def planned_gib(wizard: Ended) -> float:
     return float((re.findall(r"fits: ([\d.]+) of ", wizard.text) or ["0"])[-1])
 
 
-def train(case: Case, wizard: Ended, capped: bool) -> tuple[str, str | None]:
-    """Run the command that the wizard printed. Returns the cell of the table, and what failed."""
-    gpus, card, _ = MACHINES[case.machine]
+def train(case: Case, wizard: Ended, gpus: Sequence[str], conditions: Conditions) -> tuple[str, str | None]:
+    """Run the command that the wizard printed on these GPUs. Returns the cell of the table, and what failed."""
+    card = MACHINES[case.machine][1]
     words = shlex.split(wizard.text.strip().splitlines()[-1])
     start = words.index("hf-fsdp-qlora")
     output = case.folder / "output"
     command = [*CLI, *words[start + 1 :], "--max_steps", str(STEPS), "--logging_steps", "1", "--output_dir",
                str(output)]  # fmt: skip
-    env = dict(word.split("=", 1) for word in words[:start])
-    env["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[:gpus])
-    ended = run_command(command, case.folder, {**env, **(cap(card) if capped and gpus else {})})
+    env = conditions.env | dict(word.split("=", 1) for word in words[:start])
+    env |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), **(cap(card) if conditions.capped and gpus else {})}
+    ended = run_command(command, case.folder, env, conditions.limit_s)
     if ended.status != 0:
-        how = f"status {ended.status}" if ended.status is not None else f"no end within {RUN_LIMIT_S:.0f} s"
+        how = f"status {ended.status}" if ended.status is not None else f"no end within {conditions.limit_s:.0f} s"
         return f"FAILED: {how}", f"train, {how}:\n{ended.text[-4000:]}"
     log: list[dict[str, Any]] = json.loads((output / "trainer_state.json").read_text())["log_history"]
     losses, norms = ([entry[key] for entry in log if key in entry] for key in ("loss", "grad_norm"))
@@ -225,55 +239,6 @@ def train(case: Case, wizard: Ended, capped: bool) -> tuple[str, str | None]:
     peaks = [entry[key] for entry in log for key in entry if key.startswith("memory/gpu_peak_gib")]
     peak = f", peak {max(peaks):.1f} GiB" if peaks else ""
     return f"loss {losses[-1]:.3f}{peak}, {ended.seconds:.0f} s", None
-
-
-def run_command(command: Sequence[str], folder: Path, env: dict[str, str]) -> Ended:
-    """Run it with a limit of time, and end its descendants with it: launchers start ranks in sessions of their own."""
-    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
-    told = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-    started = time.perf_counter()
-    log = folder / "log.txt"
-    with log.open("w") as said:  # a pipe would stay open in what outlives the command
-        process = psutil.Popen(
-            command, cwd=folder, env={**os.environ, **told, **env}, stdin=subprocess.DEVNULL, stdout=said,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            status = process.wait(timeout=RUN_LIMIT_S)
-        except psutil.TimeoutExpired:
-            status = None
-            family = [*process.children(recursive=True), process]
-            for member in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-            psutil.wait_procs(family, timeout=10)
-    return Ended(status, log.read_text(errors="replace"), time.perf_counter() - started)
-
-
-def cap_holds() -> bool:
-    """Whether torch takes a limit of memory from the environment: a process asks for half a card and looks."""
-    half = cap(card_bytes() / GIB / 2)
-    code = "import torch; torch.empty(1, device='cuda'); print(torch.cuda.get_per_process_memory_fraction())"
-    probe = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **half}, capture_output=True, text=True, timeout=60
-    )
-    return probe.returncode == 0 and abs(float(probe.stdout) - 0.5) < 0.01
-
-
-def cap(gib: float) -> dict[str, str]:
-    """The environment in which torch's allocator gives a process so much of a card, at most all of it."""
-    return {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{min(1.0, gib * GIB / card_bytes()):.4f}"}
-
-
-def card_bytes() -> int:
-    """Memory of the smallest card here."""
-    return min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
 
 
 if __name__ == "__main__":
