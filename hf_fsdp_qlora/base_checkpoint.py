@@ -40,7 +40,7 @@ class BaseCheckpoint:
         files: its weight files, in order, and the tensors of each in the order of their bytes.
         infos: dtype, shape and place of every tensor.
         parameter_names: checkpoint key -> parameter name in the transformers model, for every tensor.
-        dtype: dtype of its embedding.
+        dtype: what its config says it is to be loaded in; its embedding's where the config says nothing.
         embedding: parameter name of the input embedding.
         head: parameter name of the output head.
         tied_head: `head` where it is the embedding itself and has no tensor of its own, else None.
@@ -73,6 +73,11 @@ class BaseCheckpoint:
             and module is not model.get_output_embeddings()
             and should_convert_module(name, skip)
         }
+
+    def parameter_dtypes(self) -> set[torch.dtype]:
+        """Of the tensors that are parameters of the model; some checkpoints mix them, or hold tensors it ignores."""
+        parameters = self.skeleton.state_dict()
+        return {self.infos[key].dtype for key, name in self.parameter_names.items() if name in parameters}
 
     def check_linear(self, modules: list[str]) -> None:
         """Raise ConfigError for a LoRA module that is no plain linear layer (Conv1D stores its weight transposed)."""
@@ -144,7 +149,8 @@ def open_base_checkpoint(
     tied_head = head if skeleton.config.tie_word_embeddings and head not in keys else None
     return BaseCheckpoint(
         name=str(name), folder=folder, config=config, files=files, infos=infos, parameter_names=names,
-        dtype=infos[keys[embedding]].dtype, embedding=embedding, head=head, tied_head=tied_head, skeleton=skeleton,
+        dtype=skeleton.config.dtype or infos[keys[embedding]].dtype, embedding=embedding, head=head, tied_head=tied_head,
+        skeleton=skeleton,
     )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def merge_adapter(
     quantized: set[str] = set()
     if into == "dequantized":
         record = settle_record(saved.path, quantization_config, dtype, base.dtype)
-        dtype = record.dtype if record.dtype != base.dtype else dtype
+        dtype = record.dtype if base.parameter_dtypes() != {record.dtype} else dtype
         backend = backend_for_config(record.quantization_config, record.dtype)
         quantized = base.quantizable(skip_modules(record.quantization_config))
     plan = _Plan(base, saved, dtype, torch.device(device), backend, quantized)

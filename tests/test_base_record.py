@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig
 
 from hf_fsdp_qlora import ConfigError, QuantizedLinear, load_model, merge_adapter, save_adapter
@@ -63,6 +64,11 @@ def test_merge_into_dequantized_equals_peft_on_the_weights_of_training(
     base = save_tiny_model(tmp_path / "base")
     model = train_and_save(base, tmp_path / "adapter", CONFIGS[name], use_dora=use_dora)
     merge_adapter(tmp_path / "adapter", tmp_path / "out", into="dequantized")
+    assert assert_merged_as_peft_does(model, base, tmp_path) == (12 if "kept" in name else 14)
+
+
+def assert_merged_as_peft_does(model: Any, base: Path, folder: Path) -> int:
+    """Compare with PEFT on a plain model that has the weights `model` computes with; their number is returned."""
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     replaced = 0
     for path, module in model.get_base_model().named_modules():
@@ -70,10 +76,41 @@ def test_merge_into_dequantized_equals_peft_on_the_weights_of_training(
             weight: Any = plain.get_submodule(path.removesuffix(".base_layer")).weight
             weight.data.copy_(module.dequantize())
             replaced += 1
-    expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().state_dict()
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
-    assert replaced == (12 if "kept" in name else 14) and found.keys() == expected.keys()
+    expected = PeftModel.from_pretrained(plain, folder / "adapter").merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(folder / "out", dtype="auto").state_dict()
+    assert found.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    return replaced
+
+
+MIXES = {
+    "half of it in float32": (torch.float32, torch.bfloat16),
+    "a float32 embedding": (torch.bfloat16, torch.float32),
+    "float16 and bfloat16": (torch.float16, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "told"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_merge_into_dequantized_casts_a_base_of_mixed_dtypes_as_training_did(
+    mix: str, recorded: bool, tmp_path: Path
+) -> None:
+    """Training casts every tensor to bfloat16, whatever the checkpoint's tensors are; so does its config say."""
+    base = save_tiny_model(tmp_path / "base", dtype=torch.float32)
+    of_linears, of_others = MIXES[mix]
+    tensors = load_file(base / "model.safetensors")
+    cast = {key: value.to(of_linears if "proj" in key else of_others) for key, value in tensors.items()}
+    save_file(cast, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    model = train_and_save(base, tmp_path / "adapter", nf4())
+    if not recorded:
+        (tmp_path / "adapter" / RECORD_NAME).unlink()
+    merge_adapter(
+        tmp_path / "adapter", tmp_path / "out", into="dequantized", quantization_config=None if recorded else nf4()
+    )
+    assert_merged_as_peft_does(model, base, tmp_path)
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_record_keeps_the_dtype_of_training(tmp_path: Path) -> None:
