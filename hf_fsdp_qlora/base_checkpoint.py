@@ -149,8 +149,8 @@ def open_base_checkpoint(
     tied_head = head if skeleton.config.tie_word_embeddings and head not in keys else None
     return BaseCheckpoint(
         name=str(name), folder=folder, config=config, files=files, infos=infos, parameter_names=names,
-        dtype=skeleton.config.dtype or infos[keys[embedding]].dtype, embedding=embedding, head=head, tied_head=tied_head,
-        skeleton=skeleton,
+        dtype=skeleton.config.dtype or infos[keys[embedding]].dtype, embedding=embedding, head=head,
+        tied_head=tied_head, skeleton=skeleton,
     )  # fmt: skip
 
 
