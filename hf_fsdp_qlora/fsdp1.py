@@ -214,12 +214,10 @@ class _ParameterInit:
         # By id of the old parameter, which is on meta and is kept, so that its id is not used again.
         self.made: dict[int, tuple[nn.Parameter, weakref.ref[nn.Parameter]]] = {}
 
-    def __call__(self, module: nn.Module) -> nn.Module:
-        """Returns the module, which accelerate goes on with where weights are tied."""
+    def __call__(self, module: nn.Module) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 setattr(module, name, self._replacement(parameter))
-        return module
 
     def _replacement(self, parameter: nn.Parameter) -> nn.Parameter:
         made = self.made.get(id(parameter))
@@ -262,7 +260,7 @@ def _mixed(precision: Precision, *, cast_forward_inputs: bool = False) -> MixedP
     )
 
 
-def _broadcast(model: nn.Module, init: Callable[[nn.Module], nn.Module]) -> None:
+def _broadcast(model: nn.Module, init: Callable[[nn.Module], None]) -> None:
     for module in model.modules():
         init(module)
     for tensor in [*model.parameters(), *model.buffers()]:

@@ -8,13 +8,11 @@ attached tells accelerate that it is FSDP. References: one process without FSDP,
 from __future__ import annotations
 
 import functools
-import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.utils.fsdp_utils import ensure_weights_retied
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
@@ -96,24 +94,6 @@ def run(path: Path, engine: str, **kwargs: Any) -> list[dict[str, Any]]:
     return run_distributed(train_step, str(path), engine, env=env, **kwargs)
 
 
-def bytes_beside_shards(path: str) -> int:
-    """Of parameters that are no shards, while what wrapped the model is still there, as in accelerate's plugin."""
-    model: Any = load_model(path, quantization_config=nf4(), peft_config=LORA)
-    arguments = fsdp1.unit_arguments(
-        model, decoder_layers(model.get_base_model()), precision=attachment(model).precision, offload="none",  # type: ignore[union-attr]
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    root = fsdp1.wrap(model, arguments)
-    shards = {id(parameter) for parameter in root.parameters()}
-    gc.collect()
-    parameters = [thing for thing in gc.get_objects() if isinstance(thing, torch.nn.Parameter)]
-    return sum(p.untyped_storage().nbytes() for p in parameters if id(p) not in shards and not p.is_meta)
-
-
-def test_nothing_but_shards_is_kept(llama: Path) -> None:
-    assert run_distributed(bytes_beside_shards, str(llama), env=FSDP1) == [0, 0]
-
-
 @pytest.mark.parametrize("engine", [*WAYS, "fsdp2"])
 def test_two_ranks_equal_one_process_in_fp32(llama: Path, engine: str) -> None:
     fuse = engine == "fsdp2"
@@ -162,8 +142,7 @@ def wrap_as_on_gpu(model: Any) -> Any:
     arguments = fsdp1.unit_arguments(
         model, layers, precision=attached.precision, offload="none", device=torch.device("cpu")
     )
-    init = ensure_weights_retied(arguments["param_init_fn"], model, torch.device("cpu"))  # as accelerate does
-    return fsdp1.wrap(model, {**arguments, "sync_module_states": True, "param_init_fn": init})
+    return fsdp1.wrap(model, {**arguments, "sync_module_states": True})
 
 
 def weights_of(path: str, names: list[str]) -> dict[str, dict[str, Tensor]]:

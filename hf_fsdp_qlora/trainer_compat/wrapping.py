@@ -48,10 +48,8 @@ def patched_prepare_model(stock: Any) -> Any:
         plugin.mixed_precision_policy = arguments["mixed_precision"]
         for name in ("auto_wrap_policy", "sync_module_states", "cpu_offload", "param_init_fn"):
             setattr(plugin, name, arguments[name])
-        with _without_upcast():
+        with _without_upcast(), _without_retying(model):
             prepared = stock(accelerator, model, *args, **{**kwargs, "evaluation_mode": False})
-        # accelerate wrapped it in a function that keeps every weight named in `_tied_weights_keys`: the whole head.
-        plugin.param_init_fn = arguments["param_init_fn"]
         fsdp1.finish(prepared)
         base.generate = functools.partial(_generate, prepared, base)
         # As under FSDP2, see prepare_model in model.py.
@@ -149,6 +147,26 @@ def _without_upcast() -> Iterator[None]:
         yield
     finally:
         Accelerator.mixed_precision = stock  # type: ignore[method-assign]
+
+
+@contextmanager
+def _without_retying(model: Any) -> Iterator[None]:
+    """Keep accelerate from tying weights again: our `param_init_fn` keeps them tied. accelerate's wrapper around it
+    holds the whole weight of every name in `_tied_weights_keys`, tied or not: the head. And it stays, on the GPU of
+    every rank but 0, where that weight was made: in the plugin, and in a reference cycle of torch's wrapping
+    (`_post_order_apply`), which nothing breaks before a full garbage collection.
+
+    https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/fsdp_utils.py (ensure_weights_retied)
+    Can go when it holds no parameters.
+
+    Args:
+        model: a PeftModel, which reads the attribute from its base unless it has one of its own.
+    """
+    model._tied_weights_keys = None
+    try:
+        yield
+    finally:
+        del model._tied_weights_keys
 
 
 def _generate(root: Any, base: Any, *args: Any, **kwargs: Any) -> Any:
