@@ -10,10 +10,14 @@ Both are plain `autograd.Function`s: a custom op costs tens of microseconds of P
 kernels it launches. `torch.compile` looks into them, so that it launches the products itself and fuses the rest. What
 it must not do is keep a dequantised weight for backward: `traced_dequantize` takes the tensor that the weight will be
 multiplied with, so that the weight of the backward belongs to the backward for everyone who sorts the graph.
+
+Eager training of small batches is bound by the Python between launches, so these functions make few calls: adapters
+are cast once and kept for backward, and nothing is viewed, scaled or put under a context that would not change it.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -82,7 +86,7 @@ def dequantize_rows(
     Args:
         used_with: what the weight will be multiplied with; see `QuantizationBackend.traced_dequantize`.
     """
-    codes, stats = as_bytes(weight.detach()), as_bytes(weight_stats.detach())
+    codes, stats = as_bytes(weight), as_bytes(weight_stats)
     backend, shape = backend_by_spec(spec), (out_features, in_features)
     if torch.compiler.is_compiling():
         return backend.traced_dequantize(codes, stats, shape, used_with)
@@ -90,8 +94,8 @@ def dequantize_rows(
 
 
 def as_bytes(rows: Tensor) -> Tensor:
-    """(num_rows, k) in any dtype -> (num_rows, k * itemsize) uint8, the same memory."""
-    return rows.view(torch.uint8)
+    """(num_rows, k) in any dtype -> (num_rows, k * itemsize) uint8, the same memory, outside the graph."""
+    return rows if rows.dtype == torch.uint8 else rows.detach().view(torch.uint8)
 
 
 class _Linear(torch.autograd.Function):
@@ -110,11 +114,11 @@ class _Linear(torch.autograd.Function):
         ctx.spec, ctx.out_features, ctx.in_features = spec, out_features, in_features
         ctx.bias_dtype = None if bias is None else bias.dtype
         dense = dequantize_rows(weight, weight_stats, spec, out_features, in_features, input).to(input.dtype)
-        with torch.autocast(input.device.type, enabled=False):
+        with _products_in(input):
             output = nn.functional.linear(input, dense, None if bias is None else bias.to(input.dtype))
         # With a bias this is a view of a 2-D result, and FSDP2 warns about views: an in-place op on one would drop
         # its backward hook. `_unsafe_view` is the same memory as a tensor of its own.
-        return torch.ops.aten._unsafe_view(output, output.shape)
+        return torch.ops.aten._unsafe_view.default(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -124,7 +128,7 @@ class _Linear(torch.autograd.Function):
             dense = dequantize_rows(weight, weight_stats, ctx.spec, ctx.out_features, ctx.in_features, grad_output).to(
                 grad_output.dtype
             )
-            with torch.autocast(grad_output.device.type, enabled=False):
+            with _products_in(grad_output):
                 grad_input = grad_output @ dense
         if ctx.needs_input_grad[3]:
             grad_bias = grad_output.reshape(-1, ctx.out_features).sum(0).to(ctx.bias_dtype)
@@ -147,36 +151,50 @@ class _LoraLinear(torch.autograd.Function):
         in_features: int,
     ) -> Tensor:
         dtype = input.dtype
-        rows = input.reshape(-1, in_features)
+        rows, a, b = input.reshape(-1, in_features), lora_a.to(dtype), lora_b.to(dtype)
         dense = dequantize_rows(weight, weight_stats, spec, out_features, in_features, input).to(dtype)
-        with torch.autocast(input.device.type, enabled=False):
-            at_a, to_output = rows @ lora_a.to(dtype).t(), lora_b.to(dtype).t()
+        with _products_in(input):
+            at_a = nn.functional.linear(rows, a)
             if bias is None:
-                output = _add_product(at_a @ to_output, scaling, rows, dense.t())
+                output = _add_product(nn.functional.linear(at_a, b), scaling, rows, dense.t())
             else:
-                update = torch.addmm(bias.to(dtype), at_a, to_output, alpha=scaling)
+                update = torch.addmm(bias.to(dtype), at_a, b.t(), alpha=scaling)
                 output = _add_product(update, 1.0, rows, dense.t())
-        ctx.save_for_backward(input, at_a, weight, weight_stats, lora_a, lora_b)
+        ctx.save_for_backward(input, at_a, weight, weight_stats, a, b)
         ctx.spec, ctx.out_features, ctx.in_features, ctx.scaling = spec, out_features, in_features, scaling
-        return torch.ops.aten._unsafe_view(output, (*input.shape[:-1], out_features))
+        ctx.adapter_dtypes = lora_a.dtype, lora_b.dtype
+        return torch.ops.aten._unsafe_view.default(output, (*input.shape[:-1], out_features))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        input, at_a, weight, weight_stats, lora_a, lora_b = ctx.saved_tensors
-        dtype = input.dtype
+        input, at_a, weight, weight_stats, a, b = ctx.saved_tensors
         rows, grad = input.reshape(-1, ctx.in_features), grad_output.reshape(-1, ctx.out_features)
-        shape = (ctx.out_features, ctx.in_features)
         grad_input = None
-        with torch.autocast(input.device.type, enabled=False):
-            grad_at_a = grad @ lora_b.to(dtype)
+        with _products_in(input):
+            grad_at_a = grad @ b
             if ctx.needs_input_grad[0]:  # not in the first layer, if its input is kept
-                dense = dequantize_rows(weight, weight_stats, ctx.spec, *shape, grad_output).to(dtype)
-                update = grad_at_a @ lora_a.to(dtype)
-                grad_input = _add_product(update, ctx.scaling, grad, dense).view(input.shape)
+                dense = dequantize_rows(
+                    weight, weight_stats, ctx.spec, ctx.out_features, ctx.in_features, grad_output
+                ).to(input.dtype)
+                grad_input = _add_product(grad_at_a @ a, ctx.scaling, grad, dense).view(input.shape)
                 del dense
-            grad_a = (grad_at_a.t() @ rows).to(lora_a.dtype) * ctx.scaling
-            grad_b = (grad.t() @ at_a).to(lora_b.dtype) * ctx.scaling
+            a_dtype, b_dtype = ctx.adapter_dtypes
+            grad_a = _scaled((grad_at_a.t() @ rows).to(a_dtype), ctx.scaling)
+            grad_b = _scaled((grad.t() @ at_a).to(b_dtype), ctx.scaling)
         return grad_input, None, None, None, grad_a, grad_b, None, None, None, None
+
+
+def _products_in(operand: Tensor) -> AbstractContextManager[object]:
+    """Products in the dtype of the operand: without autocast, unless that would change nothing."""
+    device = operand.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != operand.dtype:
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _scaled(product: Tensor, scaling: float) -> Tensor:
+    """scaling * product, in its memory."""
+    return product if scaling == 1 else product.mul_(scaling)
 
 
 def _add_product(update: Tensor, scaling: float, left: Tensor, right: Tensor) -> Tensor:

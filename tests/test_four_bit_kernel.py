@@ -48,12 +48,34 @@ def test_kernel_equals_bitsandbytes(quant_type: str, nested: bool, dtype: torch.
         prepare(codes.device, dynamic_map(codes.device))
         made = dequantize(
             codes, stats, shape,
-            quant_type=quant_type, block_size=block_size, nested=nested, dtype=dtype,
+            quant_type=quant_type, block_size=block_size, nested=nested, dtype=dtype, used_with=codes,
         )  # fmt: skip
         if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts off instead of rounding
             torch.testing.assert_close(made, expected, rtol=2**-7, atol=0)
             continue
         assert torch.equal(_bits(made), _bits(expected)), (shape, (made != expected).sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_launching_again_and_from_odd_addresses_gives_the_same(nested: bool) -> None:
+    """The second launch of regular rows does without Triton's own call; rows at odd addresses never do."""
+    config = BlockwiseFourBitConfig(64, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
+    backend: Any = backend_for_config(config, torch.bfloat16)
+    for shape in [*SHAPES, (1024, 1024)]:
+        weight = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+        codes, stats = backend.quantize(weight.flatten(), weight.numel(), lambda rows: rows)
+        odd_codes, odd_stats = (_at_odd_address(rows) for rows in (codes, stats))
+        expected = backend.reference_dequantize(codes, stats, shape)
+        for rows in [(codes, stats), (codes, stats), (odd_codes, stats), (codes, odd_stats), (codes, stats)]:
+            assert torch.equal(backend.dequantize(*rows, shape), expected), shape
+
+
+def _at_odd_address(rows: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy whose address is 4 above a multiple of 16: float32 statistics are read from there."""
+    memory = torch.empty(rows.numel() + 4, dtype=torch.uint8, device=rows.device)
+    return memory[4:].view(rows.shape).copy_(rows)
 
 
 @pytest.mark.gpu

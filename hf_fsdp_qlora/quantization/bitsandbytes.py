@@ -111,28 +111,27 @@ class FourBitBackend(QuantizationBackend):
         """See `QuantizationBackend.dequantize`. One kernel of ours on CUDA, bit-identical to bitsandbytes; elsewhere
         the same kernel call on the same absmax as bitsandbytes."""
         if four_bit_kernel.available(codes):
-            self.prepare(codes.device)
+            if not four_bit_kernel.prepared(codes):
+                self.prepare(codes.device)
             with four_bit_kernel.on_device_of(codes):
-                return self._kernel_dequantize(codes, stats, shape, None)
+                return four_bit_kernel.launch(
+                    codes, stats, shape, quant_type=self.quant_type, block_size=self.block_size, nested=self.nested,
+                    dtype=self.dtype,
+                )  # fmt: skip
         return self.reference_dequantize(codes, stats, shape)
 
     def traced_dequantize(self, codes: Tensor, stats: Tensor, shape: tuple[int, int], used_with: Tensor) -> Tensor:
         """See `QuantizationBackend.traced_dequantize`. On CUDA the kernel itself, for the compiler to launch."""
         if self.trace_kernel and four_bit_kernel.available(codes) and four_bit_kernel.prepared(codes):
-            return self._kernel_dequantize(codes, stats, shape, used_with)
+            return four_bit_kernel.dequantize(
+                codes, stats, shape, quant_type=self.quant_type, block_size=self.block_size, nested=self.nested,
+                dtype=self.dtype, used_with=used_with,
+            )  # fmt: skip
         return super().traced_dequantize(codes, stats, shape, used_with)
 
     def prepare(self, device: torch.device) -> None:
         """See `QuantizationBackend.prepare`."""
         four_bit_kernel.prepare(device, dynamic_map(device))
-
-    def _kernel_dequantize(
-        self, codes: Tensor, stats: Tensor, shape: tuple[int, int], used_with: Tensor | None
-    ) -> Tensor:
-        return four_bit_kernel.dequantize(
-            codes, stats, shape, quant_type=self.quant_type, block_size=self.block_size, nested=self.nested,
-            dtype=self.dtype, used_with=used_with,
-        )  # fmt: skip
 
     def reference_dequantize(self, codes: Tensor, stats: Tensor, shape: tuple[int, int]) -> Tensor:
         """`dequantize` by bitsandbytes' own kernel, on any device."""

@@ -10,7 +10,8 @@ rounding mode, because compilers fuse `a * b + c` otherwise, also where the prod
 kDequantizeBlockwise in bitsandbytes' csrc/kernels.cu.
 
 `torch.compile` sees through to the kernel and launches it itself; the tables it reads must be there by then
-(`prepare`), because a graph cannot make them.
+(`prepare`), because a graph cannot make them. Eager code calls `launch` instead, which remembers what Triton compiled:
+Triton's own call inspects every argument each time, which takes longer than most weights take to dequantise.
 
 Triton comes with torch's CUDA builds. `available` says whether the kernel can run; bitsandbytes does where it cannot.
 """
@@ -18,6 +19,7 @@ Triton comes with torch's CUDA builds. `available` says whether the kernel can r
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,9 +82,9 @@ def dequantize(
     block_size: int,
     nested: bool,
     dtype: torch.dtype,
-    used_with: Tensor | None = None,
+    used_with: Tensor,
 ) -> Tensor:
-    """Rows to weights in one launch.
+    """Rows to weights in one launch, for code that is traced (and for Triton's interpreter).
 
     Args:
         codes: (num_rows, 256 * block_size / 2) uint8, contiguous, two codes a byte, the first in the high nibble.
@@ -104,15 +106,53 @@ def dequantize(
     tables = _TABLES[codes.device.index]
     blocks = CHUNK_WEIGHTS // block_size
     _rows_to_weights[(codes.shape[0], NESTED_BLOCKS // blocks)](
-        codes, stats, tables[quant_type], tables["dynamic"], weights, codes if used_with is None else used_with,
+        codes, stats, tables[quant_type], tables["dynamic"], weights, used_with,
         shape[0] * shape[1], blocks=blocks, block_bytes=block_size // 2, row_blocks=NESTED_BLOCKS,
         stats_bytes=stats.shape[1], nested=nested, cuda=codes.is_cuda,
     )  # fmt: skip
     return weights
 
 
+def launch(
+    codes: Tensor,
+    stats: Tensor,
+    shape: tuple[int, int],
+    *,
+    quant_type: str,
+    block_size: int,
+    nested: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`dequantize` for eager code on CUDA, where the call itself costs: see there for the arguments.
+
+    Triton compiles another kernel for addresses and counts that are no multiples of 16; those few take its own call.
+    """
+    numel, rows, own_stats = shape[0] * shape[1], codes.data_ptr(), stats.data_ptr()
+    regular = (rows | own_stats | numel) % 16 == 0 and numel < 2**31
+    key = (codes.device.index, block_size, nested, dtype)
+    weights = torch.empty(shape, dtype=dtype, device=codes.device)
+    tables = _TABLES[codes.device.index]
+    blocks = CHUNK_WEIGHTS // block_size
+    grid = (codes.shape[0], NESTED_BLOCKS // blocks, 1)
+    constants = (blocks, block_size // 2, NESTED_BLOCKS, stats.shape[1], nested, True)
+    compiled = _COMPILED.get(key) if regular else None
+    if compiled is not None:  # plain addresses: there is nothing left to find out about the tensors
+        tables_at = tables[quant_type].data_ptr(), tables["dynamic"].data_ptr()
+        compiled[grid](rows, own_stats, *tables_at, weights.data_ptr(), rows, numel, *constants)
+        return weights
+    compiled = _rows_to_weights[grid](
+        codes, stats, tables[quant_type], tables["dynamic"], weights, codes, numel, *constants
+    )
+    if regular:
+        _COMPILED[key] = compiled
+    return weights
+
+
 _TABLES: dict[int | None, dict[str, Tensor]] = {}
 """By the index of the device; the CPU, where the interpreter runs, has none."""
+
+_COMPILED: dict[tuple[int | None, int, bool, torch.dtype], Any] = {}
+"""Triton's `CompiledKernel`, by device, block size, nesting and dtype, for regular arguments."""
 
 
 if triton is not None:
