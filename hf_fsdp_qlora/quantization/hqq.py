@@ -77,9 +77,7 @@ class HqqBackend(QuantizationBackend):
                 "HqqConfig(group_size=None) makes groups as wide as each layer, but all layers share one row format. "
                 "Use a number, such as 64."
             )
-        return cls(
-            nbits=settings["nbits"], group_size=settings["group_size"], axis=settings["axis"], dtype=dtype
-        )
+        return cls(nbits=settings["nbits"], group_size=settings["group_size"], axis=settings["axis"], dtype=dtype)
 
     @classmethod
     def skip_modules(cls, config: Any) -> list[str] | None:

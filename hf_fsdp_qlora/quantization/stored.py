@@ -191,4 +191,3 @@ def _typed(name: str, parts: Mapping[str, StoredTensor], part: str, dtype: torch
         found = "is missing" if stored is None else f"has dtype {stored.dtype}"
         raise ConfigError(f"{name}.{part} {found}; it must have dtype {dtype}.")
     return stored
-
