@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -241,6 +240,8 @@ def resume_point(args: SFTConfig) -> str | None:
     Raises:
         ConfigError: there is no such checkpoint.
     """
+    from hf_fsdp_qlora.trainer_compat.unfinished import last_complete_checkpoint
+
     value = args.resume_from_checkpoint
     if value is None or value.lower() == "false":
         return None
@@ -249,13 +250,13 @@ def resume_point(args: SFTConfig) -> str | None:
             raise ConfigError(f"resume_from_checkpoint={value!r} is no folder. Give a checkpoint, true or auto.")
         return value
     assert args.output_dir is not None  # SFTConfig has put a default there
-    last = _last_complete_checkpoint(Path(args.output_dir))
+    last = last_complete_checkpoint(Path(args.output_dir))
     if last is None and value.lower() == "true":
         raise ConfigError(
             f"resume_from_checkpoint=true, but {args.output_dir} has no complete checkpoint. "
             "Use auto to start from the beginning where there is none."
         )
-    return last
+    return None if last is None else str(last)
 
 
 def save_report(report: Any, args: SFTConfig) -> None:
@@ -268,21 +269,6 @@ def save_report(report: Any, args: SFTConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(report), indent=2, default=str)
         (folder / "load_report.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _last_complete_checkpoint(output_dir: Path) -> str | None:
-    """A run that is killed while it saves leaves a folder without a whole `trainer_state.json`, written last."""
-    from hf_fsdp_qlora.trainer_compat.unfinished import TRAINER_STATE_NAME, is_unfinished
-
-    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*")}
-    folders = sorted((int(match[1]), path) for path, match in steps.items() if match and path.is_dir())
-    skipped: list[str] = []
-    while folders and (is_unfinished(folders[-1][1]) or not (folders[-1][1] / TRAINER_STATE_NAME).is_file()):
-        skipped.append(folders.pop()[1].name)
-    if skipped:
-        logger.warning("Not resuming %s in %s: no whole %s, so saving was cut short", ", ".join(skipped), output_dir,
-                       TRAINER_STATE_NAME)  # fmt: skip
-    return str(folders[-1][1]) if folders else None
 
 
 def _expansion(recipe: Recipe) -> Expansion:

@@ -189,14 +189,15 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over_and_not_others(tmp_path:
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (tmp_path / "checkpoint-best").mkdir()
     last = transformers.trainer.get_last_checkpoint
-    (tmp_path / "checkpoint-11").mkdir()  # nobody's mark: upstream's rule
+    (tmp_path / "checkpoint-11").mkdir()  # what no Trainer can resume
+    assert last(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"global_step"')  # nobody's mark: upstream's rule
     assert last(str(tmp_path)) == str(tmp_path / "checkpoint-11")
     (tmp_path / "checkpoint-11" / ".saving").touch()
     assert last(str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"global_step"')
-    assert last(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"global_step": 11}')  # killed just before the end
     assert last(str(tmp_path)) == str(tmp_path / "checkpoint-11")
+    assert last(str(tmp_path / "checkpoint-best")) is None
 
 
 @pytest.mark.parametrize("frozen", ["int8", "bf16"])

@@ -2,8 +2,9 @@
 
 The Trainer writes into the final folder, and `get_last_checkpoint` takes the highest number, whole or not. So while a
 checkpoint of our models is being written there is a mark in its folder, and no `trainer_state.json`, which the Trainer
-writes after everything else. A folder with the mark and no readable `trainer_state.json` is passed over; other folders
-are judged as upstream does. `save_total_limit` deletes older checkpoints after that file was written.
+writes after everything else. A folder with the mark and no readable `trainer_state.json` is passed over, and so is one
+without the file, which the Trainer cannot resume; other folders are judged as upstream does. `save_total_limit`
+deletes older checkpoints after that file was written.
 
 https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/trainer.py (_save_checkpoint)
 Can go when the Trainer writes checkpoints beside their place and renames them.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,28 +61,33 @@ def patched_get_last_checkpoint(stock: Any) -> Any:
 
     @functools.wraps(stock)
     def get_last_checkpoint(folder: str) -> str | None:
-        last = stock(folder)
-        if last is None or not is_unfinished(Path(last)):
-            return last
-        numbered = {
-            int(number): path
-            for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-            if (number := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal() and path.is_dir()
-        }
-        whole = [number for number, path in numbered.items() if not is_unfinished(path)]
-        chosen = str(numbered[max(whole)]) if whole else None
-        logger.warning("Saving %s was cut short; going on from %s", last, chosen)
-        return chosen
+        last = last_complete_checkpoint(Path(folder))
+        return None if last is None else str(last)
 
     return get_last_checkpoint
 
 
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint of the highest step whose saving ended; None if there is none, or no such folder."""
+    steps = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in output_dir.glob("*")}
+    folders = sorted((int(match[1]), path) for path, match in steps.items() if match and path.is_dir())
+    passed_over: list[str] = []
+    while folders and is_unfinished(folders[-1][1]):
+        passed_over.append(folders.pop()[1].name)
+    last = folders[-1][1] if folders else None
+    if passed_over:
+        logger.warning("Saving %s in %s was cut short; going on from %s", ", ".join(passed_over), output_dir,
+                       "the beginning" if last is None else last.name)  # fmt: skip
+    return last
+
+
 def is_unfinished(checkpoint: Path) -> bool:
     """Whether saving this checkpoint began and did not end."""
+    state = checkpoint / TRAINER_STATE_NAME
     if not (checkpoint / MARK).exists():
-        return False
+        return not state.is_file()
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        json.loads(state.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return True
     return False
