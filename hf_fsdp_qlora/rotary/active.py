@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from hf_fsdp_qlora.distributed import rank, world_size
 from hf_fsdp_qlora.integrity import fingerprint
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
-from hf_fsdp_qlora.rotary.masters import Masters, stochastic_round
+from hf_fsdp_qlora.rotary.masters import SLICE_UNIT, Masters, stochastic_round
 from hf_fsdp_qlora.rotary.prefetch import Prefetch
 from hf_fsdp_qlora.sharding import local_range, local_tensor, shard_again
 
@@ -105,20 +105,29 @@ class ActiveSet:
         parameters: all of them.
         masters: of the same names.
         device: where the model computes.
+        largest_visit: weights that may become active at once, of those that are prefetched.
 
     Attributes:
         slices: of the active parameters, by name.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Sequence[RotaryParameter], masters: Masters, *, device: torch.device
+        self,
+        model: nn.Module,
+        parameters: Sequence[RotaryParameter],
+        masters: Masters,
+        *,
+        device: torch.device,
+        largest_visit: int,
     ) -> None:
         self.model = model
         self.parameters = {parameter.name: parameter for parameter in parameters}
         self.masters = masters
         self.device = device
         self.slices: dict[str, ActiveSlice] = {}
-        self._prefetch = Prefetch(masters, device)
+        # A slice may exceed its share by less than two units.
+        room = largest_visit // masters.world_size + 2 * SLICE_UNIT * len(parameters)
+        self._prefetch = Prefetch(masters, device, room=room)
         self._touched: set[str] = set()
         # What `flush` has overwritten of active parameters; None where that was the checkpoint's own value.
         self._starts: dict[str, Tensor | None] = {}
@@ -168,6 +177,7 @@ class ActiveSet:
     def refresh(self) -> None:
         """Make rows and parameters again from masters that were replaced. Collective; nothing may be active."""
         assert not self.slices, "masters can be replaced only while everything is parked"
+        self._prefetch.clear()  # staged from the masters before
         shard_again(self.model)
         with torch.no_grad():
             for name, owner in self.parameters.items():

@@ -77,6 +77,15 @@ class Plan:
         """Weights in these blocks."""
         return sum(self.blocks[index].numel for index in indices)
 
+    @property
+    def largest_visit(self) -> int:
+        """Weights that the rotating blocks of no visit exceed, in whatever order they come."""
+        sizes = sorted((self.blocks[index].numel for index in self.rotating), reverse=True)
+        largest = sum(sizes[: self.max_blocks])
+        if self.max_numel is not None:
+            largest = min(largest, max(sizes[0], self.max_numel - self.numel_of(self.always)))
+        return largest
+
     def take(self, order: Sequence[int]) -> tuple[int, ...]:
         """As many of the first rotating blocks of `order` as may be active at once, and never less than one."""
         count, total = 0, self.numel_of(self.always)

@@ -148,7 +148,7 @@ def prepare_rotary(model: PreTrainedModel, config: RotaryConfig) -> Rotary:
                 "config to load_model too: load_model(..., rotary=config)."
             )
     GradientReducer(owner.parameter for owner in parameters)
-    active = ActiveSet(model, parameters, masters, device=device)
+    active = ActiveSet(model, parameters, masters, device=device, largest_visit=plan.largest_visit)
     active.set_trainable(True)
     rotary = Rotary(model, config, plan, active)
     set_full_training(model, rotary)
