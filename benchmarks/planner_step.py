@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from live_tensors import live_tensors
 from peft import LoraConfig
 from planner_models import quantize_folder
 from tiny_llama import make_tokenizer
@@ -26,7 +27,8 @@ STEPS = 3
 
 
 def measure(folder: str, settings: MemorySettings) -> dict[str, Any]:
-    """Bytes: `loading`, `peak` of training, `parts` of a step by name, and what is allocated between steps."""
+    """Bytes: `loading`, `peak` of training, `parts` of a step by name, and what is allocated between steps; where
+    there are several ranks also which large tensors are `alive` before the first."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as work:
         if settings.prequantized:
@@ -52,7 +54,7 @@ def measure(folder: str, settings: MemorySettings) -> dict[str, Any]:
         loading = max(loading, wrapping)
     return {
         "loading": loading, "peak": max(highest.values()), "parts": highest, "static": parts.between,
-        "seconds": time.perf_counter() - started,
+        "alive": parts.alive, "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 
@@ -77,6 +79,7 @@ class Parts:
         self.cuda = torch.cuda.is_available()
         self.highest: dict[str, int] = {}
         self.between: dict[str, int] = {}
+        self.alive: list[str] = []
         gc.collect()
         self._reset()
 
@@ -119,6 +122,8 @@ class _Steps(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 0:
             self.parts.end("preparing")
+            if world_size() > 1:
+                self.parts.alive = live_tensors("cuda" if self.parts.cuda else "cpu")
         self.parts.now(f"before step {state.global_step + 1}")
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
