@@ -7,6 +7,7 @@ moves them over PCIe in every step. Asking questions is commands/config.py's par
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,9 @@ def check_free(*paths: Path) -> None:
 def launch_command(recommendation: Recommendation, accelerate_path: Path, recipe_path: Path) -> str:
     """What starts the run, from a checkout as from an installed package. On a CPU the threads of a process are set
     too: accelerate sets one, and its config file has no key for it."""
-    threads = f"OMP_NUM_THREADS={recommendation.threads} " if recommendation.threads else ""
-    return f"{threads}hf-fsdp-qlora train --accelerate_config {accelerate_path} --config {recipe_path}"
+    threads = [f"OMP_NUM_THREADS={recommendation.threads}"] if recommendation.threads else []
+    files = ["--accelerate_config", str(accelerate_path), "--config", str(recipe_path)]
+    return shlex.join([*threads, "hf-fsdp-qlora", "train", *files])
 
 
 def build_accelerate_config(engine: str, *, num_processes: int, offload: str, use_cpu: bool) -> dict[str, Any]:

@@ -90,6 +90,23 @@ def test_files_for_a_machine_and_a_goal_validate(
     assert (tmp_path / "r.yaml").read_text().startswith(f"# {printed.splitlines()[0]}")
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_printed_command_survives_a_shell_whatever_the_files_are_called(
+    gpus: int, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my $HOME; it's"
+    line = ["--yes", "--model", models["1b"], "--gpus", str(gpus), "--gpu-memory", "24GiB", "--host-memory", "64GiB"]
+    run_wizard(folder, *line)
+    command = capsys.readouterr().out.strip().splitlines()[-1]
+    stand_in = tmp_path / "hf-fsdp-qlora"
+    stand_in.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    stand_in.chmod(0o755)
+    env = {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
+    shown = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True, check=True)
+    files = ["--accelerate_config", str(folder / "a.yaml"), "--config", str(folder / "r.yaml")]
+    assert shown.stdout.splitlines() == ["train", *files]
+
+
 @pytest.mark.parametrize("goal", GOALS)
 def test_validate_predicts_the_memory_that_the_wizard_planned_with(goal: str, models: dict[str, str]) -> None:
     shape = model_shape(models["8b"])
