@@ -3,33 +3,35 @@
     python benchmarks/rotary_sweep.py --model path/to/base-13m --data path/to/data --results rows.jsonl [--seconds 560]
 
 Settings are those of the reference rows of base-13m (see rotary_runs.py). Runs are small, so several processes share
-one GPU. Every row is appended to the results file as soon as it is there, and rows that the file has are not run
-again: a sweep that ran out of time goes on with the same command.
+a GPU, and they use all GPUs there are. Every row is appended to the results file as soon as it is there, and rows that
+the file has are not run again: a sweep that ran out of time goes on with the same command.
 
 Three stages, each from what the one before found:
 
 1. int8, 3 layers: how long a visit lasts and whether it warms up, moments reset or kept, the embedding always active
    or taking turns.
 2. Learning rates of every method and number of layers. A grid is extended until its best rate is not at its edge.
-3. Two more seeds of the best of each, and bf16 and NF4 at int8's learning rates.
+3. Two more seeds of the best of each; bf16 and NF4 with three seeds at int8's best learning rate, then at rates around
+   it and three seeds of a better one; last, fp32 weights for comparison.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
 import time
-from collections import defaultdict
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.multiprocessing as mp
 from launch import describe_machine
 from rotary_runs import Job, Setting, run_job
+from rotary_table import Row, describe, final_loss, table
 from shakespeare import read_packed
 
 LENGTHS = (5, 15, 50)
@@ -40,9 +42,7 @@ EMBEDDING_ON = ("embedding", "norm")
 ROTARY_RATES = (5e-4, 1e-3, 2e-3)
 OTHER_RATES = {"full": (1e-4, 3e-4, 1e-3), "lora 8": (1e-3, 2e-3, 4e-3), "lora 64": (5e-4, 1e-3, 2e-3)}
 MAX_EXTENSIONS = 3
-TARGET = 3.45
 
-Row = dict[str, Any]
 Study = Generator[list[Job], list[Row], list[Row]]
 """Yields jobs, is sent their rows, returns the rows that matter."""
 
@@ -94,21 +94,24 @@ def tune(workers: Workers, chosen: dict[str, Job]) -> list[Job]:
 
 def repeat(workers: Workers, best: list[Job]) -> None:
     """The other seeds, and the other formats."""
-    jobs = [replace(job, seed=seed) for job in best for seed in SEEDS]
-    jobs += [
-        replace(job, seed=seed, frozen=frozen)
-        for job in best
-        if job.method == "rotary"
-        for frozen in ("bf16", "nf4")
-        for seed in SEEDS
-    ]
-    three = next(job for job in best if job.method == "rotary" and job.layers == 3)
-    jobs += [replace(three, seed=seed, dtype="float32") for seed in SEEDS]
-    workers.run([all_at_once(jobs)])
+    rotary = [job for job in best if job.method == "rotary"]
+    studies = [all_at_once([replace(job, seed=seed) for seed in SEEDS]) for job in best]
+    studies += [tuned_anew(replace(job, frozen=frozen)) for frozen in ("nf4", "bf16") for job in rotary]
+    workers.run(studies)
+    three = next(job for job in rotary if job.layers == 3)
+    workers.run([all_at_once([replace(three, seed=seed, dtype="float32") for seed in SEEDS])])
 
 
 def all_at_once(jobs: list[Job]) -> Study:
     return (yield jobs)
+
+
+def tuned_anew(job: Job) -> Study:
+    """Every seed; then learning rates around the job's, and every seed of a better one."""
+    rows = yield [replace(job, seed=seed) for seed in SEEDS]
+    rows += yield from learning_rates(job, (job.lr / 2, job.lr, job.lr * 2))
+    best = as_job(best_of(row for row in rows if row["seed"] == job.seed))
+    return rows + (yield [replace(best, seed=seed) for seed in SEEDS])
 
 
 def learning_rates(job: Job, rates: Iterable[float]) -> Study:
@@ -126,16 +129,6 @@ def learning_rates(job: Job, rates: Iterable[float]) -> Study:
 
 def best_of(rows: Iterable[Row]) -> Row:
     return min(rows, key=final_loss)
-
-
-def final_loss(row: Row) -> float:
-    """Of the weights that would be saved; a run that diverged is the worst."""
-    loss = row["losses"][max(row["losses"], key=int)]
-    return loss if loss == loss else float("inf")
-
-
-def mean_loss(rows: Iterable[Row]) -> float:
-    return statistics.fmean(map(final_loss, rows))
 
 
 def as_job(row: Row) -> Job:
@@ -174,8 +167,12 @@ class Workers:
             context.Process(target=_work, args=(self.jobs, self.done, args, data), daemon=True)
             for _ in range(args.workers)
         ]
-        for process in self.processes:
-            process.start()
+        devices = visible_devices()
+        for index, process in enumerate(self.processes):
+            # A process keeps what is visible when it starts; setting a device in it would be too late for what reads
+            # the number of devices while it is imported.
+            with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": devices[index % len(devices)]} if devices else {}):
+                process.start()
 
     def run(self, studies: list[Study]) -> list[list[Row]]:
         """Run studies side by side; what each returns."""
@@ -222,6 +219,12 @@ class Workers:
         print(f"{describe(row):64} {reached}", flush=True)
 
 
+def visible_devices() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
 def _work(jobs: Any, done: Any, args: argparse.Namespace, data: dict[str, torch.Tensor]) -> None:
     from transformers.utils import logging
 
@@ -237,59 +240,12 @@ def _work(jobs: Any, done: Any, args: argparse.Namespace, data: dict[str, torch.
         done.put(json.dumps(run_job(jobs.get(), setting)))
 
 
-def describe(row: Row) -> str:
-    """The row of the table that a run belongs to, seed and learning rate aside."""
-    if row["method"] == "full":
-        return "full AdamW"
-    if row["method"] == "lora":
-        return f"LoRA r={row['rank']}"
-    parts = ["fixed subset" if row["method"] == "fixed" else "rotary", row["frozen"], f"{row['layers']} of 6 layers"]
-    if row["method"] == "rotary":
-        parts += [row["moments"], f"{row['steps_per_block']} steps"]
-        parts += [f"{row['warmup']} of them warm-up"] * (row["warmup"] > 0)
-    parts += ["+ " + " ".join(row["always_active"])] + ["fp32 weights"] * (row["dtype"] == "float32")
-    return ", ".join(parts)
-
-
-def table(rows: Iterable[Row], steps: int) -> str:
-    """Markdown: the best learning rate of each kind of run, mean and spread over its seeds."""
-    kinds: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        kinds[describe(row)][row["lr"]].append(row)
-    lines = [
-        f"| run | trained at a time | lr (tried) | seeds | eval loss at {steps} | spread | on the device's model |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    means: dict[str, float] = {}
-    seeds: dict[str, int] = {}
-    for kind, rates in sorted(kinds.items()):
-        most = seeds[kind] = max(len(of_rate) for of_rate in rates.values())
-        lr = min((rate for rate in rates if len(rates[rate]) == most), key=lambda rate: mean_loss(rates[rate]))  # noqa: B023
-        losses = [final_loss(row) for row in rates[lr]]
-        means[kind] = mean_loss(rates[lr])
-        on_device = [loss for row in rates[lr] for step, loss in row["device_losses"].items() if int(step) == steps]
-        tried = ", ".join(f"{rate:.1e}" for rate in sorted(rates))
-        columns = [
-            kind, f"{rates[lr][0]['trained'] / 1e6:.2f}M", f"{lr:.1e} ({tried})",
-            str(most), f"{means[kind]:.4f}", f"{max(losses) - min(losses):.4f}",
-            f"{statistics.fmean(on_device):.4f}" if on_device else "",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(columns) + " |")
-    int8 = {kind: loss for kind, loss in means.items() if kind.startswith("rotary, int8")}
-    int8 = {kind: loss for kind, loss in int8.items() if seeds[kind] == max(seeds[other] for other in int8)}
-    if int8:
-        best = min(int8, key=int8.__getitem__)
-        verdict = "reached" if int8[best] <= TARGET else "missed"
-        lines.append(f"\nbest with int8: {best}, {int8[best]:.4f}; {TARGET} is {verdict}")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of base-13m, or another causal language model")
     parser.add_argument("--data", required=True, help="folder with shakespeare_train.jsonl and shakespeare_eval.jsonl")
     parser.add_argument("--results", required=True, help="file of rows, one JSON object a line; kept and gone on with")
-    parser.add_argument("--workers", type=int, default=14, help="processes that share the GPU")
+    parser.add_argument("--workers", type=int, default=14, help="processes that share the GPUs")
     parser.add_argument("--seconds", type=float, default=560, help="after which no result is waited for")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
