@@ -1,6 +1,7 @@
 """Matrix products with a weight that is rows of bytes: dequantise, multiply, forget.
 
-Two functions, each with its own backward that gets the packed rows and dequantises again:
+Two functions, each with its own backward that gets the packed rows and dequantises again; their arguments stand with
+the classes below:
 
 - `apply_linear`: `F.linear(x, W, bias)`.
 - `apply_lora_linear`: the same plus s (x A^T) B^T. Written with PEFT's layers the update costs seven passes over the
@@ -17,6 +18,7 @@ are cast once and kept for backward, and nothing is viewed, scaled or put under 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,58 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_fsdp_qlora.quantization import backend_by_spec
-
-
-def apply_linear(
-    input: Tensor,
-    weight: Tensor,
-    weight_stats: Tensor,
-    bias: Tensor | None,
-    spec: str,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    """`F.linear(input, dequantised weight, bias)` in the dtype of the input.
-
-    Args:
-        input: (..., in_features) in the compute dtype.
-        weight: (num_rows, code_bytes / itemsize), the codes viewed as the storage dtype.
-        weight_stats: (num_rows, stats_bytes / itemsize), the statistics likewise.
-        bias: (out_features,) or None.
-        spec: names the backend, see `backend_by_spec`.
-
-    Returns:
-        (..., out_features) in the dtype of the input.
-    """
-    return _Linear.apply(input, weight, weight_stats, bias, spec, out_features, in_features)
-
-
-def apply_lora_linear(
-    input: Tensor,
-    weight: Tensor,
-    weight_stats: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    spec: str,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    """`F.linear(input, W, bias) + scaling * input A^T B^T` in the dtype of the input.
-
-    Args:
-        input, weight, weight_stats, spec: as in `apply_linear`.
-        bias: likewise, but it gets no gradient.
-        lora_a: (r, in_features), cast to the dtype of the input.
-        lora_b: (out_features, r), likewise.
-
-    Returns:
-        (..., out_features).
-    """
-    return _LoraLinear.apply(
-        input, weight, weight_stats, bias, lora_a, lora_b, scaling, spec, out_features, in_features
-    )
 
 
 def dequantize_rows(
@@ -99,6 +49,19 @@ def as_bytes(rows: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
+    """`F.linear(input, dequantised weight, bias)` in the dtype of the input.
+
+    Args:
+        input: (..., in_features) in the compute dtype.
+        weight: (num_rows, code_bytes / itemsize), the codes viewed as the storage dtype.
+        weight_stats: (num_rows, stats_bytes / itemsize), the statistics likewise.
+        bias: (out_features,) or None.
+        spec: names the backend, see `backend_by_spec`.
+
+    Returns:
+        (..., out_features) in the dtype of the input.
+    """
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
@@ -136,6 +99,18 @@ class _Linear(torch.autograd.Function):
 
 
 class _LoraLinear(torch.autograd.Function):
+    """`F.linear(input, W, bias) + scaling * input A^T B^T` in the dtype of the input.
+
+    Args:
+        input, weight, weight_stats, spec: as in `_Linear`.
+        bias: likewise, but it gets no gradient.
+        lora_a: (r, in_features), cast to the dtype of the input.
+        lora_b: (out_features, r), likewise.
+
+    Returns:
+        (..., out_features).
+    """
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
@@ -182,6 +157,10 @@ class _LoraLinear(torch.autograd.Function):
             grad_a = _scaled((grad_at_a.t() @ rows).to(a_dtype), ctx.scaling)
             grad_b = _scaled((grad.t() @ at_a).to(b_dtype), ctx.scaling)
         return grad_input, None, None, None, grad_a, grad_b, None, None, None, None
+
+
+apply_linear: Callable[..., Tensor] = _Linear.apply
+apply_lora_linear: Callable[..., Tensor] = _LoraLinear.apply
 
 
 def _products_in(operand: Tensor) -> AbstractContextManager[object]:
