@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ def materialize(
     rows_device: torch.device | None = None,
     buffers_device: torch.device | None = None,
     pin_memory: bool = False,
+    whole: Mapping[nn.Parameter, torch.device] | None = None,
 ) -> None:
     """Allocate, uninitialised, whatever is on the meta device; buffers that are real already keep their values.
 
@@ -29,7 +30,9 @@ def materialize(
         rows_device: for quantised rows, if something is offloaded. Frozen shards on the host then share slabs.
         buffers_device: for buffers, if they live elsewhere.
         pin_memory: of these slabs.
+        whole: parameters with a device of their own.
     """
+    elsewhere = whole or {}
     buffers = {id(buffer) for buffer in model.buffers()}
     rows = {
         id(parameter)
@@ -39,6 +42,8 @@ def materialize(
     }
 
     def target_of(tensor: Tensor) -> torch.device:
+        if isinstance(tensor, nn.Parameter) and tensor in elsewhere:
+            return elsewhere[tensor]
         if id(tensor) in rows:
             return rows_device or device
         return buffers_device or device if id(tensor) in buffers else device

@@ -12,14 +12,17 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from hf_fsdp_qlora.distributed import same_outcome
+from hf_fsdp_qlora.distributed import same_outcome, world_size
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
-from hf_fsdp_qlora.sharding import gathered_rows, local_tensor, replica_group
+from hf_fsdp_qlora.sharding import gathered_rows, is_sharded, local_tensor, replica_group
 
 ROWS_AT_ONCE = 2048
 """Bounds the temporary memory: 2,048 rows of 8 KiB widen to 32 MiB."""
+BYTES_AT_ONCE = 2**24
+"""Likewise: summed as bytes they widen to 128 MiB."""
 
 
 class IntegrityError(RuntimeError):
@@ -79,26 +82,32 @@ def check_integrity(model: nn.Module, *, max_groups: int | None = None) -> int:
 
 
 def check_replicas(model: nn.Module) -> None:
-    """Compare the values of the replicas (HSDP), which FSDP2 takes for equal without looking: a node with another
-    revision of the checkpoint would train on, and every gradient would be the mean over two models.
+    """Compare the values that several ranks read for themselves and that FSDP2 takes for equal without looking: those
+    of replicas (HSDP), and frozen parameters that are whole on every rank (outside.py). A node with another revision
+    of the checkpoint would train on, and every gradient would be the mean over two models.
 
     Collective. Quantised rows are compared by their fingerprints, other parameters by the sum of their bytes.
 
     Raises:
         IntegrityError: on every rank, naming the first parameter that differs.
     """
+    named = [*model.named_parameters()]
+    replicated = [(name, parameter) for name, parameter in named if replica_group(parameter) is not None]
+    if replicated:
+        _compare(model, replicated, replica_group(replicated[0][1]))
+    whole = [(name, p) for name, p in named if not isinstance(p, DTensor) and not p.requires_grad]
+    if whole and is_sharded(model) and world_size() > 1:
+        _compare(model, whole, None)
+
+
+def _compare(model: nn.Module, named: list[tuple[str, nn.Parameter]], group: ProcessGroup | None) -> None:
     prints = {id(m.weight): m.row_fingerprints for m in model.modules() if isinstance(m, QuantizedLinear)}
-    named = [(name, parameter) for name, parameter in model.named_parameters() if replica_group(parameter) is not None]
-    if not named:
-        return
     sums = []
     for _, parameter in named:
         rows = prints.get(id(parameter))
-        part = local_tensor(parameter).reshape(-1).view(torch.uint8) if rows is None else rows
-        sums.append(part.sum(dtype=torch.int64).cpu())
-    first = named[0][1]
-    assert isinstance(first, DTensor)
-    mine, group = torch.stack(sums).to(first.device_mesh.device_type), replica_group(first)
+        sums.append((_sum_of_bytes(local_tensor(parameter)) if rows is None else rows.sum()).cpu())
+    device = next(p.device_mesh.device_type for p in model.parameters() if isinstance(p, DTensor))
+    mine = torch.stack(sums).to(device)
     of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(of_all, mine, group=group)
     different = [name for index, (name, _) in enumerate(named) if any(other[index] != mine[index] for other in of_all)]
@@ -108,6 +117,15 @@ def check_replicas(model: nn.Module) -> None:
                 f"{len(different)} of {len(named)} parameters differ between replicas; the first is {different[0]}. "
                 "The nodes did not read the same checkpoint: give a revision, or copy one folder to all of them."
             )
+
+
+def _sum_of_bytes(values: Tensor) -> Tensor:
+    """The sum of the bytes, or of words of 8 where they lie so: a cast of all bytes would take 8 times the tensor."""
+    flat = values.reshape(-1)
+    aligned = not (flat.numel() * flat.itemsize % 8 or flat.storage_offset() * flat.itemsize % 8)
+    words = flat.view(torch.int64 if aligned else torch.uint8)
+    pieces = [piece.sum(dtype=torch.int64) for piece in words.split(BYTES_AT_ONCE // words.itemsize)]
+    return torch.stack(pieces).sum() if pieces else torch.zeros((), dtype=torch.int64, device=values.device)
 
 
 def _sum_of_words(rows: Tensor, seed: int) -> Tensor:

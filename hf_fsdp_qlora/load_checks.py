@@ -28,6 +28,9 @@ def check_settings(
     numbers: Precision,
     offload: Offload,
     offload_pin_memory: bool,
+    replicate_head: bool,
+    embedding_on_host: bool,
+    rotary: bool,
     peft_config: PeftConfig | None,
     model_kwargs: Mapping[str, Any],
 ) -> None:
@@ -38,7 +41,9 @@ def check_settings(
     """
     recipe = {
         "dtype": _name(numbers.dtype), "adapter_dtype": _name(numbers.adapter_dtype),
-        "offload": offload, "offload_pin_memory": offload_pin_memory, "model_init_kwargs": dict(model_kwargs),
+        "offload": offload, "offload_pin_memory": offload_pin_memory, "replicate_head": replicate_head,
+        "embedding_on_host": embedding_on_host, "rotary_active": rotary or None,
+        "model_init_kwargs": dict(model_kwargs),
         "lora_target_parameters": getattr(peft_config, "target_parameters", None),
         **({"precision": numbers.name} if numbers.is_preset else {}),
         **_four_bit_keys(quantization_config),

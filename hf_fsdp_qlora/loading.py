@@ -47,6 +47,7 @@ from hf_fsdp_qlora.load_checks import check_settings, check_wrapped_classes
 from hf_fsdp_qlora.lora import ADAPTER_NAME, add_adapter, initialize_adapters, load_adapter_weights
 from hf_fsdp_qlora.lora_config import check_peft_config, read_adapter_config
 from hf_fsdp_qlora.matching import match_checkpoint
+from hf_fsdp_qlora.outside import WholeParameters, keep_whole
 from hf_fsdp_qlora.precision import Precision, resolve_precision
 from hf_fsdp_qlora.prequantized import pack_checkpoint, replace_packed_linears, runtime_config, take_stored_config
 from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
@@ -78,6 +79,8 @@ def load_model(
     fsdp: str = "auto",
     offload: str | None = None,
     offload_pin_memory: bool = True,
+    replicate_head: bool = False,
+    embedding_on_host: bool = False,
     adapter_name_or_path: str | None = None,
     is_trainable: bool = True,
     adapter_dtype: torch.dtype | str | None = None,
@@ -112,6 +115,9 @@ def load_model(
         offload: "none"; "base" keeps quantised rows in pinned host memory; "all" keeps every parameter there. None
             reads accelerate's `fsdp_offload_params`. FSDP only.
         offload_pin_memory: False offloads to ordinary memory: no limit on locked pages, slower copies. FSDP2 only.
+        replicate_head: keep the frozen head and final norm whole on every rank: less at the peak of a step where the
+            vocabulary is large and the ranks are few. Not under FSDP1; without FSDP they are whole anyway.
+        embedding_on_host: keep the frozen input embedding whole in host memory, and look ids up there. FSDP2 only.
         adapter_name_or_path: a saved adapter to continue from, or to evaluate.
         is_trainable: False freezes the adapter of `adapter_name_or_path`.
         adapter_dtype: of adapters and other trained parameters; float32 masters unless `precision` says otherwise.
@@ -152,7 +158,8 @@ def load_model(
             quantization_config = quantization_config or rotary.frozen_format
         check = partial(
             check_settings, engine=engine, device=device, numbers=numbers, offload=placement,
-            offload_pin_memory=offload_pin_memory, peft_config=peft_config, model_kwargs=model_kwargs,
+            offload_pin_memory=offload_pin_memory, replicate_head=replicate_head, embedding_on_host=embedding_on_host,
+            rotary=rotary is not None, peft_config=peft_config, model_kwargs=model_kwargs,
         )  # fmt: skip
         check(quantization_config)
         model = build_skeleton(
@@ -186,14 +193,19 @@ def load_model(
             kept = replace_packed_linears(model, matched, quantization_config, storage_dtype=storage_dtype)
         weights = [PlannedWeight(*_owner(model, key), tensor) for key, tensor in matched.items()]
         root = _inject_adapter(model, peft_config, saved, is_trainable=is_trainable, dtype=numbers.adapter_dtype)
+        whole: WholeParameters = {}
         if engine == "fsdp1":
             check_fsdp1(root, layers)
+        if engine == "fsdp2" and rotary is None:
+            whole = keep_whole(
+                root, layers, device, replicate_head=replicate_head, embedding_on_host=embedding_on_host
+            )
     if unused:
         logger.warning("The model has no use for %d tensors of the checkpoint: %s", len(unused), ", ".join(unused))
 
     _shard_and_allocate(
         root, layers, engine=engine, numbers=numbers, offload=placement, pin_memory=offload_pin_memory, device=device,
-        rows_only=rotary is not None,
+        rows_only=rotary is not None, whole=whole,
     )  # fmt: skip
     with torch.no_grad():
         read_bytes = fill(weights, device=device)
@@ -256,6 +268,7 @@ def _shard_and_allocate(
     pin_memory: bool,
     device: torch.device,
     rows_only: bool,
+    whole: WholeParameters,
 ) -> None:
     """Give every parameter storage, after sharding; under FSDP1 on rank 0 alone, which later fills the others."""
     mesh = make_mesh(device.type, resolve_replicas()) if engine == "fsdp2" else None
@@ -264,7 +277,7 @@ def _shard_and_allocate(
     elif mesh is not None:
         apply_fsdp2(
             root, layers, mesh=mesh, dtype=numbers.dtype, reduce_dtype=numbers.reduce_dtype, offload=offload,
-            pin_memory=pin_memory, reshard_after_forward=reshard_after_forward(),
+            pin_memory=pin_memory, reshard_after_forward=reshard_after_forward(), whole=whole,
         )  # fmt: skip
     if engine == "fsdp1":
         share_rows(root, device)
@@ -277,6 +290,7 @@ def _shard_and_allocate(
                 rows_device=None if offload == "none" else host,
                 buffers_device=host if engine == "fsdp1" else device,
                 pin_memory=pin_memory and device.type == "cuda",
+                whole=whole,
             )
 
 

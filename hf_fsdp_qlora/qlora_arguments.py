@@ -38,6 +38,19 @@ class QLoraArguments:
             "help": "Pin what is offloaded, for faster copies. False where locked memory is limited; FSDP2 only."
         },
     )
+    replicate_head: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the frozen head and final norm whole on every rank (FSDP2): less memory at the peak of a "
+            "step with a large vocabulary and few ranks."
+        },
+    )
+    embedding_on_host: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the frozen, untied input embedding whole in host memory and look ids up there (FSDP2)."
+        },
+    )
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "A saved adapter to continue from (hub id or folder) instead of a new one."}
     )

@@ -19,7 +19,7 @@ Left out: tensor and pipeline parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from hf_fsdp_qlora.distributed import rank, world_size
 from hf_fsdp_qlora.engine import Offload
 from hf_fsdp_qlora.linear import QuantizedLinear
+from hf_fsdp_qlora.outside import outside_layers
 
 
 def apply_fsdp2(
@@ -62,6 +63,7 @@ def apply_fsdp2(
     offload: Offload = "none",
     pin_memory: bool = True,
     reshard_after_forward: bool = True,
+    whole: Collection[nn.Parameter] = (),
 ) -> None:
     """Shard a model that is still on the meta device, in place.
 
@@ -74,6 +76,7 @@ def apply_fsdp2(
         offload: what lives in host memory.
         pin_memory: pin it, where there is an accelerator.
         reshard_after_forward: free gathered layers after forward and gather them again for backward.
+        whole: frozen parameters that every rank keeps whole (outside.py): all of the embedding's, or of the tail's.
     """
     mixed = MixedPrecisionPolicy()
     if dtype != torch.float32:
@@ -95,11 +98,15 @@ def apply_fsdp2(
                 reshard_after_forward=reshard_after_forward,
             )
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **common)
-    embedding, tail = _outside_layers(model, layers)
-    fully_shard(tail, reshard_after_forward=False, **common)
-    if embedding is not None:
-        fully_shard(embedding, **common)
-    fully_shard(model, **common)
+    embedding, tail = outside_layers(model, layers)
+    tail = [module for module in tail if not any(parameter in whole for parameter in module.parameters())]
+    if tail:
+        fully_shard(tail, reshard_after_forward=False, **common)
+    if embedding is not None and not any(parameter in whole for parameter in embedding.parameters()):
+        unit = fully_shard(embedding, **common)
+        if not any(parameter.requires_grad for parameter in embedding.parameters()):
+            unit.set_unshard_in_backward(False)  # nothing is computed there; it would be gathered beside layer 0
+    fully_shard(model, ignored_params={*whole}, **common)
 
 
 def apply_fsdp2_to_rows(
@@ -189,9 +196,7 @@ def local_range(parameter: Tensor) -> tuple[int, int]:
     """First and past-the-last index of dim 0 that this rank holds; all of it when the parameter is not sharded."""
     if not isinstance(parameter, DTensor):
         return 0, parameter.shape[0]
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     if shape[1:] != parameter.shape[1:]:
         raise ValueError(f"the parameter is sharded over {parameter.placements}, not over dim 0")
     return offset[0], offset[0] + shape[0]
@@ -291,30 +296,3 @@ def _placement_for(num_shards: int) -> Any:
         return Shard(1) if some_rank_is_empty and columns % num_shards == 0 else None
 
     return placement
-
-
-def _outside_layers(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[nn.Module | None, list[nn.Module]]:
-    """The input embedding, if it shares nothing with the rest, and the other modules outside the decoder layers."""
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    outside: list[nn.Module] = []
-
-    def collect(module: nn.Module) -> None:
-        for child in module.children():
-            if id(child) in inside:
-                continue
-            if any(id(part) in inside for part in child.modules()):
-                collect(child)
-            elif any(True for _ in child.parameters()):
-                outside.append(child)
-
-    collect(model)
-    embedding = next((module for module in outside if _holds(module, model.get_input_embeddings())), None)  # type: ignore[operator]
-    if embedding is None:
-        return None, outside
-    others = [module for module in outside if module is not embedding]
-    shared = {id(p) for p in embedding.parameters()} & {id(p) for module in others for p in module.parameters()}
-    return (None, outside) if shared or not others else (embedding, others)
-
-
-def _holds(module: nn.Module, part: nn.Module) -> bool:
-    return any(candidate is part for candidate in module.modules())

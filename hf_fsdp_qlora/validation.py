@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "load_in_4bit": False, "load_in_8bit": False, "lora_dropout": 0.05, "lora_modules_to_save": None, "lora_r": 16,
     "lora_target_modules": None, "lora_target_parameters": None, "max_length": 1024, "model_init_kwargs": None,
     "model_name_or_path": None, "model_revision": "main", "offload": None, "offload_pin_memory": True,
+    "replicate_head": False, "embedding_on_host": False,
     "optim": "adamw_torch_fused", "packing": False, "packing_strategy": "bfd", "per_device_train_batch_size": 8,
     "save_on_each_node": False, "save_only_model": False, "save_strategy": "steps", "trust_remote_code": False,
     "use_bnb_nested_quant": False, "use_peft": False,

@@ -168,6 +168,22 @@ def fsdp1_offloads_flat_parameters(run: Run) -> Problem | None:
     )  # fmt: skip
 
 
+def whole_parameters_have_fsdp2(run: Run) -> Problem | None:
+    """outside.py: FSDP2 alone can leave parameters out, and rotary training replicates everything but rows already."""
+    set_ones = [key for key in ("replicate_head", "embedding_on_host") if run.get(key)]
+    if run.engine not in ("fsdp1", "fsdp2"):
+        set_ones = [key for key in set_ones if key == "embedding_on_host"]  # a head is whole there
+    rotary = bool(run.recipe.get("rotary_active"))
+    if not set_ones or (run.engine == "fsdp2" and not rotary):
+        return None
+    return Problem(
+        set_ones[0], True,
+        "Rotary training keeps everything but quantised rows whole on every rank." if rotary
+        else "Only FSDP2 can leave single parameters out of what it shards.",
+        f"Remove {' and '.join(set_ones)}, or use accelerate_configs/fsdp2.yaml.",
+    )  # fmt: skip
+
+
 def fsdp1_state_dict_is_full(run: Run) -> Problem | None:
     """The trainer refuses it once the model is loaded (trainer_compat/patches.py); FULL is FSDP1's default."""
     value = str(run.fsdp("fsdp_state_dict_type") or "FULL_STATE_DICT").upper()
@@ -219,5 +235,5 @@ LAUNCH_RULES: tuple[Rule, ...] = (
     reshard_after_forward_has_its_versions_type, state_dict_type_is_known_to_fsdp2, fsdp1_state_dict_is_full,
     replicas_fit_the_processes,
     device_map_is_not_set, weights_have_a_row_format, adapter_kind_is_supported, offload_has_fsdp,
-    fsdp1_offloads_flat_parameters,
+    fsdp1_offloads_flat_parameters, whole_parameters_have_fsdp2,
 )  # fmt: skip

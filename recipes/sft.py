@@ -62,6 +62,8 @@ def main(recipe: Recipe) -> int:
         fsdp=ours.fsdp_engine,
         offload=ours.offload,
         offload_pin_memory=ours.offload_pin_memory,
+        replicate_head=ours.replicate_head,
+        embedding_on_host=ours.embedding_on_host,
         adapter_name_or_path=ours.adapter_name_or_path,
         compile_layers=ours.compile_layers,
         checkpoint_layers=ours.checkpoint_layers,

@@ -34,7 +34,7 @@ LAYERS = [
         "memory_host",
     },
     {"quantization"},
-    {"row_ops"},
+    {"row_ops", "outside"},
     {"linear", "base_checkpoint", "base_record", "saved_adapter", "merge_check"},
     {
         "validation",

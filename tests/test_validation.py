@@ -128,6 +128,12 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
          (fsdp1(), recipe(optim="adamw_8bit", save_only_model=True)),
          (fsdp1(), recipe(optim="paged_adamw_8bit", save_strategy="no"))],
     ),
+    "whole_parameters_have_fsdp2": (
+        [(fsdp1(), recipe(replicate_head=True)), (SINGLE, recipe(embedding_on_host=True)),
+         (FSDP2, {**ROTARY, "embedding_on_host": True})],
+        [(FSDP2, recipe(replicate_head=True, embedding_on_host=True)), (DDP, recipe(replicate_head=True)),
+         (fsdp1(), RECIPE)],
+    ),
     "activation_offloading_has_an_accelerator": (
         [({**FSDP2, "use_cpu": True}, recipe(activation_offloading=True))],
         [(FSDP2, recipe(activation_offloading=True)), ({**FSDP2, "use_cpu": True}, RECIPE)],

@@ -121,14 +121,14 @@ def _end_forward(sharded: list[torch.nn.Module], *_: Any) -> None:
 
 
 def _set_compute_device(base: PreTrainedModel) -> None:
-    """Under CPU offload, let `base.device` say where the model computes.
+    """Under CPU offload, or with the embedding in host memory, let `base.device` say where the model computes.
 
     transformers takes the device of the first parameter, and generation moves its inputs there, to the CPU:
     https://github.com/huggingface/transformers/blob/v5.17.0/src/transformers/modeling_utils.py (device)
     The property is overridden in a class of this instance alone. Can go when generation follows its inputs' device.
     """
     shards = [parameter for parameter in base.parameters() if isinstance(parameter, DTensor)]
-    if shards and shards[0].device.type != shards[0].device_mesh.device_type:
+    if shards and next(base.parameters()).device.type != shards[0].device_mesh.device_type:
         device = torch.device(shards[0].device_mesh.device_type, torch.accelerator.current_device_index())
         stock = type(base)
         members = {"device": property(lambda _: device), "__module__": stock.__module__}
