@@ -19,6 +19,7 @@ Variants, all with gradient checkpointing unless they say otherwise:
   some            compiled, the first `--checkpoint-layers` layers recomputed, the others keep their activations
   none            compiled, nothing recomputed
   graphs          none, with torch.compile's CUDA graphs (mode "reduce-overhead")
+  cpp             none, with kernels launched from C++ that torch.compile generates ("cpp_wrapper")
 
 `--profile` adds a step under torch's profiler for each variant: kernels by time, and how long the GPU was idle.
 
@@ -43,8 +44,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 GIB = 2**30
-VARIANTS = ("stock", "stock_compiled", "plain", "eager", "compiled", "opaque", "some", "none", "graphs")
+VARIANTS = ("stock", "stock_compiled", "plain", "eager", "compiled", "opaque", "some", "none", "graphs", "cpp")
 USUAL = ("stock", "stock_compiled", "plain", "eager", "compiled", "some", "none")
+OPTIONS: dict[str, dict[str, Any]] = {"graphs": {"mode": "reduce-overhead"}, "cpp": {"options": {"cpp_wrapper": True}}}
 WARM_STEPS = 3
 HEADER = (
     "| variant | batch | tok/s | s per step | peak GiB | reserved GiB | load s | compile s | whole s | losses |\n"
@@ -118,7 +120,7 @@ def run(variant: str, batch_size: int, args: argparse.Namespace, model_path: str
     fill_adapter(model)
     clock = Clock(WARM_STEPS + args.steps, args.profile)
     losses = train(
-        model, clock, batch_size, args, checkpointing=variant not in ("none", "graphs"), output_dir=f"{model_path}-out"
+        model, clock, batch_size, args, checkpointing=variant not in ("none", *OPTIONS), output_dir=f"{model_path}-out"
     )
     del model
     gc.collect()
@@ -159,10 +161,10 @@ def load_ours(model_path: str, variant: str, checkpoint_layers: int) -> nn.Modul
         compile_layers=variant in ("compiled", "opaque", "some", "none"),
         checkpoint_layers=checkpoint_layers if variant == "some" else None,
     )  # fmt: skip
-    if variant == "graphs":
+    if variant in OPTIONS:
         base: Any = model.get_base_model()
         for layer in decoder_layers(base):
-            layer.compile(mode="reduce-overhead")
+            layer.compile(**OPTIONS[variant])
     return model
 
 
