@@ -138,6 +138,36 @@ def settle_record(
     return recorded
 
 
+def other_base(adapter: Path, quantization_config: Any, dtype: torch.dtype) -> str | None:
+    """How the base that an adapter is loaded on differs from the one it was trained on.
+
+    Args:
+        adapter: its folder. One on the hub is not looked at.
+        quantization_config: of the base it is loaded on; None is an unquantised one.
+        dtype: what that base's weights are cast to.
+
+    Returns:
+        A sentence, or None: it is the same, there is no record, or the record is of a config that is not known here.
+    """
+    try:
+        recorded = read_record(adapter)
+    except ConfigError:
+        return None
+    if recorded is None:
+        return None
+    trained, given = (_weights_of(record) for record in (recorded, BaseRecord(quantization_config, dtype)))
+    if trained == given:
+        return None
+    return f"{adapter} was trained on {trained}, and is loaded on {given}: losses will not be those of training."
+
+
+def _weights_of(record: BaseRecord) -> str:
+    if record.quantization_config is None:
+        return "an unquantised base"  # in any dtype: that rounds each weight by itself
+    spec = backend_for_config(record.quantization_config, record.dtype).spec
+    return f"{_of_weights(spec)} made from {record.dtype}"
+
+
 def _of_weights(spec: str) -> str:
     """A spec without its last part, a dtype: that of matrix products, which weights do not depend on, or the common
     one."""

@@ -17,6 +17,7 @@ import os
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_fsdp_qlora.allocation import materialize
-from hf_fsdp_qlora.base_record import remember_base
+from hf_fsdp_qlora.base_record import other_base, remember_base
 from hf_fsdp_qlora.checkpoint import find_checkpoint, index_checkpoint
 from hf_fsdp_qlora.distributed import on_any_rank, patient_ranks, rank, same_outcome
 from hf_fsdp_qlora.dora import initialize_magnitudes
@@ -118,7 +119,8 @@ def load_model(
         replicate_head: keep the frozen head and final norm whole on every rank: less at the peak of a step where the
             vocabulary is large and the ranks are few. Not under FSDP1; without FSDP they are whole anyway.
         embedding_on_host: keep the frozen input embedding whole in host memory, and look ids up there. FSDP2 only.
-        adapter_name_or_path: a saved adapter to continue from, or to evaluate.
+        adapter_name_or_path: a saved adapter to continue from, or to evaluate. On another base than its own record
+            (base_record.py) tells of, there is a warning.
         is_trainable: False freezes the adapter of `adapter_name_or_path`.
         adapter_dtype: of adapters and other trained parameters; float32 masters unless `precision` says otherwise.
         compile_layers: compile each decoder layer; the first steps take longer, later ones less. Not under FSDP.
@@ -202,6 +204,10 @@ def load_model(
             )
     if unused:
         logger.warning("The model has no use for %d tensors of the checkpoint: %s", len(unused), ", ".join(unused))
+    if saved is not None:
+        difference = other_base(Path(saved.name_or_path), quantization_config, numbers.dtype)
+        if difference is not None:
+            logger.warning("%s", difference)
 
     _shard_and_allocate(
         root, layers, engine=engine, numbers=numbers, offload=placement, pin_memory=offload_pin_memory, device=device,

@@ -141,6 +141,31 @@ def test_a_config_that_contradicts_the_record_is_refused(tmp_path: Path) -> None
     merge_adapter(adapter, tmp_path / "second", into="dequantized", quantization_config=nf4())
 
 
+def test_loading_an_adapter_on_another_base_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, adapter = save_tiny_model(tmp_path / "base"), tmp_path / "adapter"
+    train_and_save(base, adapter, nf4())
+
+    def warnings(config: Any, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+        caplog.clear()
+        load_model(base, quantization_config=config, dtype=dtype, adapter_name_or_path=str(adapter))
+        return [record.message for record in caplog.records if "was trained on" in record.message]
+
+    own = f"{adapter} was trained on bitsandbytes/nf4/block=64/nested=True/torch.bfloat16"
+    assert warnings(nf4()) == warnings(nf4(bnb_4bit_compute_dtype=torch.bfloat16)) == []
+    for config, dtype, found in (
+        (BlockwiseFourBitConfig(128, bnb_4bit_quant_type="nf4"), torch.bfloat16, "nf4/block=128/nested=False"),
+        (LinearInt8Config(), torch.bfloat16, "on linear_int8"),
+        (None, torch.bfloat16, "on an unquantised base"),
+        (nf4(), torch.float32, "made from torch.float32"),
+    ):
+        [warning] = warnings(config, dtype)
+        assert warning.startswith(own) and found in warning.partition("loaded")[2]
+    (adapter / RECORD_NAME).unlink()
+    assert warnings(None) == []
+    train_and_save(base, adapter, None)
+    assert warnings(None, torch.float32) == [] and len(warnings(nf4())) == 1
+
+
 def test_an_adapter_of_an_unquantised_base_has_nothing_to_dequantise(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
     train_and_save(base, tmp_path / "adapter", None)
