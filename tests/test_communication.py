@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +83,24 @@ def test_a_step_gathers_packed_rows_and_no_more(
         # float32 gradients of the adapters, once per step; and a few bytes for logging and clipping.
         assert rank["others"].pop("_reduce_scatter_base_") == (LAYERS, 4 * rank["trained"])
         assert sum(num_bytes for _, num_bytes in rank["others"].values()) < 1024
+
+
+def _kernel(name: str, stream: int, start_us: float, end_us: float) -> dict[str, Any]:
+    return {"cat": "kernel", "name": name, "ts": start_us, "dur": end_us - start_us, "args": {"stream": stream}}
+
+
+def test_trace_overlap_tells_hidden_from_waiting(tmp_path: Path) -> None:
+    events = [
+        _kernel("gemm", 7, 0, 1000), _kernel("norm", 7, 900, 1500), _kernel("gemm", 7, 3000, 4000),  # 2.5 ms
+        _kernel("ncclDevKernel_AllGather_RING_LL", 20, 500, 1200),  # 0.7 ms, all of it beside compute
+        _kernel("ncclDevKernel_AllGather_RING_LL", 20, 2000, 3300),  # 1.3 ms, 0.3 of it
+        _kernel("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", 22, 0, 5000),
+        _kernel("copy into a buffer", 18, 2000, 2500),
+        {"cat": "gpu_user_annotation", "name": "gemm", "ts": 0, "dur": 9000, "args": {"stream": 7}},
+        {"name": "process_name", "ph": "M"},
+    ]  # fmt: skip
+    trace = tmp_path / "trace.json.gz"
+    trace.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    script = Path(__file__).parent.parent / "benchmarks" / "trace_overlap.py"
+    told = subprocess.run([sys.executable, str(script), str(trace)], capture_output=True, text=True, check=True)
+    assert told.stdout == f"{trace}: 2 all-gathers, 2.0 ms, of which 50% beside compute (2.5 ms in all)\n"

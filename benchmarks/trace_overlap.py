@@ -1,0 +1,86 @@
+"""How much of the time of all-gathers a GPU also computes, from a trace that torch's profiler exported.
+
+    python benchmarks/trace_overlap.py trace.json.gz
+
+Compute is what the stream with the most kernel time runs, NCCL aside; FSDP2's copies into its buffers have a stream of
+their own. A kernel of NCCL's runs from its launch until its peers have sent, so waiting for a slower rank counts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Seconds on one GPU: of all-gather kernels, of which beside compute, and of compute kernels."""
+
+    gather_s: float
+    hidden_s: float
+    compute_s: float
+    num_gathers: int
+
+    def __str__(self) -> str:
+        if not self.num_gathers:
+            return "no all-gather kernel in the trace"
+        return (
+            f"{self.num_gathers} all-gathers, {self.gather_s * 1e3:.1f} ms, of which "
+            f"{self.hidden_s / self.gather_s:.0%} beside compute ({self.compute_s * 1e3:.1f} ms in all)"
+        )
+
+
+def read_trace(path: str | Path) -> dict[str, Any]:
+    """A trace as `export_chrome_trace` writes it, compressed or not."""
+    content = Path(path).read_bytes()
+    return json.loads(gzip.decompress(content) if str(path).endswith(".gz") else content)
+
+
+def overlap(trace: dict[str, Any]) -> Overlap:
+    """Compare the all-gathers of a trace with the kernels of its busiest stream."""
+    gathers: list[Interval] = []
+    streams: dict[Any, list[Interval]] = defaultdict(list)
+    for event in trace["traceEvents"]:
+        if event.get("cat") != "kernel":
+            continue
+        interval = (event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
+        if "nccl" not in event["name"].lower():
+            streams[event["args"]["stream"]].append(interval)
+        elif "AllGather" in event["name"]:
+            gathers.append(interval)
+    compute = merge(max(streams.values(), key=_total, default=[]))
+    gathers = merge(gathers)
+    hidden = sum(
+        max(0.0, min(end, other_end) - max(start, other_start))
+        for start, end in gathers
+        for other_start, other_end in compute
+    )
+    return Overlap(_total(gathers), hidden, _total(compute), len(gathers))
+
+
+def merge(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same times without repetition, in order. Kernels that follow at once become one interval."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _total(intervals: Iterable[Interval]) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        print(f"{path}: {overlap(read_trace(path))}")
