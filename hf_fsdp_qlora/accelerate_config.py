@@ -77,7 +77,7 @@ def recommend(answers: Answers, shape: ModelShape) -> Recommendation:
     """
     _check(answers, shape)
     rejected = []
-    for settings, name in _placements(answers):
+    for settings, name in _placements(answers, shape):
         problem = _problem(answers, estimate_memory(shape, settings))
         if problem:
             rejected.append(f"{name} {problem}")
@@ -153,7 +153,7 @@ def _check(answers: Answers, shape: ModelShape) -> None:
         raise ConfigError(f"seq_len={answers.seq_len}, but {answers.model} has {shape.max_positions} positions.")
 
 
-def _placements(answers: Answers) -> list[tuple[MemorySettings, str]]:
+def _placements(answers: Answers, shape: ModelShape) -> list[tuple[MemorySettings, str]]:
     """Ways to place the model, fastest first, each with how a sentence about it begins."""
     goal = GOALS[answers.goal]
     base = MemorySettings(
@@ -169,6 +169,9 @@ def _placements(answers: Answers) -> list[tuple[MemorySettings, str]]:
         ways = [(replace(base, engine="none"), "The whole model on the card")]
     else:
         ways = [(replace(base, engine="ddp"), "DDP, the whole model on every card,"), (base, "FSDP version 2")]
+    if answers.gpus > 1 and goal.has_adapter and shape.head_numel:
+        whole = replace(base, replicate_head=True, embedding_on_host=True)
+        ways.append((whole, "FSDP version 2 with the head whole on every card and the embedding in host memory"))
     names = {"base": "quantised rows", "all": "all parameters"}
     offloaded = [(replace(base, offload=what), f"FSDP version 2 with {names[what]} in host memory")
                  for what in goal.offloads]  # fmt: skip
@@ -180,8 +183,7 @@ def _problem(answers: Answers, estimate: MemoryEstimate) -> str | None:
     card, available = answers.gpu_memory_gib * GIB, answers.host_memory_gib * GIB
     if answers.gpus and not estimate.fits(card):
         return f"needs {estimate.needed_bytes / GIB:.1f} GiB a card, it has {card / GIB:.1f}."
-    host = estimate.host["processes"] + max(estimate.host["pinned"], estimate.host["loading"])
-    host += estimate.host["masters"] + (0 if answers.gpus else estimate.peak_bytes * estimate.settings.gpus)
+    host = estimate.host_needed_bytes + (0 if answers.gpus else estimate.peak_bytes * estimate.settings.gpus)
     if host > available:
         return f"needs {host / GIB:.1f} GiB of host memory, there are {available / GIB:.1f}."
     return None
@@ -232,6 +234,7 @@ def _recommendation(
     recipe: dict[str, Any] = dict(
         model_name_or_path=answers.model, dtype=settings.dtype, **goal.recipe,
         **(dict(offload="base") if settings.offload == "base" else {}),
+        **(dict(replicate_head=True, embedding_on_host=True) if settings.replicate_head else {}),
         **_adapter_keys(goal, answers),
         dataset_name=answers.dataset, dataset_train_split="train", max_length=answers.seq_len, packing=False,
         per_device_train_batch_size=settings.batch_size,

@@ -27,6 +27,7 @@ norm), 2cT head_dim (rotary tables), TS bytes of boolean mask with padding.
 **Passing**, in the order of a step; what an engine gathers at each of these moments is in memory_gathered.py, and the
 highest sum is the step's peak.
 
+- The input embedding being fetched: nothing.
 - The forward of the last decoder layer: 2cTH (residual and the MLP's input) and the larger of 3cTI (activation, up
   projection and their product; where PEFT adds the adapter 4cTI: activation, the two outputs of a LoRA layer and their
   sum) and 2cTI with the dequantised weight. Without checkpointing the layer's kept tensors are there already and only
@@ -64,6 +65,7 @@ from dataclasses import dataclass
 
 from hf_fsdp_qlora.model_shape import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, LinearShape, ModelShape
 
+EMBEDDING_MOMENT = "fetching the embedding"
 FORWARD_MOMENT = "forward of a decoder layer"
 HEAD_FETCH_MOMENT = "fetching the head"
 HEAD_FORWARD_MOMENT = "forward of the head"
@@ -124,6 +126,7 @@ def activations(shape: ModelShape, step: StepSettings) -> dict[str, Activations]
     forward_end = 0 if step.checkpointing else layer
     final_norm = (4 + c) * tokens * hidden
     moments = (
+        Activations(EMBEDDING_MOMENT, 0, 0, 0, 0),
         Activations(FORWARD_MOMENT, kept, forward_end, _forward_bytes(shape, step), 0),
         Activations(HEAD_FETCH_MOMENT, kept, forward_end, c * tokens * hidden, 0),
         Activations(HEAD_FORWARD_MOMENT, kept, forward_end, final_norm, _head_forward_bytes(shape, step)),

@@ -41,6 +41,7 @@ from hf_fsdp_qlora.memory_settings import (
     MemorySettings,
     row_format,
     trainable_parameters,
+    whole_numel,
 )
 from hf_fsdp_qlora.model_shape import ModelShape, model_shape
 
@@ -56,7 +57,8 @@ class MemoryEstimate:
     """Bytes by kind. `gpu` adds up to `peak_bytes`; `host` is per node; `disk` is per run.
 
     Attributes:
-        gpu: weights, statistics, other_weights, adapters (or what else is trained), gradients, buckets (DDP's),
+        gpu: weights, statistics, other_weights, replicated (a head that is whole), adapters (or what else is trained),
+            gradients, buckets (DDP's),
             optimizer, gathered, activations, dequantized_and_passing, logits, workspace.
         loading_peak_bytes: highest while the model is loaded.
         peak_bytes: predicted `torch.cuda.max_memory_allocated()`.
@@ -87,7 +89,8 @@ class MemoryEstimate:
     @property
     def host_needed_bytes(self) -> int:
         """What a node must have; offloaded tensors are pinned, so their rounded sizes count."""
-        return self.host["processes"] + self.host["masters"] + max(self.host["pinned"], self.host["loading"])
+        always = self.host["processes"] + self.host["masters"] + self.host["embedding"]
+        return always + max(self.host["pinned"], self.host["loading"])
 
     def fits(self, gpu_memory_bytes: float, host_memory_bytes: float | None = None) -> bool:
         """Whether cards of that size are enough, and a node of that memory if it is given."""
@@ -114,6 +117,7 @@ def estimate_memory(
         gpus, nodes: GPUs per node, and nodes.
         replicas: copies of the model that the GPUs hold together (HSDP, FSDP2 only).
         offload: "none"; "base" keeps quantised rows in host memory, "all" everything (FSDP).
+        replicate_head, embedding_on_host: as in `load_model`; FSDP2 with adapters.
         dtype, adapter_dtype: of computation and unquantised weights; of trained adapters and layers.
         quant_format, block_size, double_quant: how the base is stored: "nf4", "fp4", "int8" or "hqq" (4 bits);
             by default in blocks of 64, int8 of 128.
@@ -180,16 +184,21 @@ def _static_bytes(shape: ModelShape, settings: MemorySettings) -> dict[str, int]
     linears = sum(layer.numel for layer in shape.linears)
     others = shape.total_numel - (shape.num_layers - settings.new_layers) * linears
     if settings.method == "rotary":
-        return {"weights": codes + linear, "statistics": statistics, "other_weights": others * dtype} | _rotary_bytes(
-            trainable, settings
-        )
+        return {
+            "weights": codes + linear,
+            "statistics": statistics,
+            "other_weights": others * dtype,
+            "replicated": 0,
+        } | _rotary_bytes(trainable, settings)
     own = -(-trainable // shards)
+    tail, embedding = whole_numel(shape, settings)
     full = settings.method == "full"
     trained_bytes = dtype if full else DTYPE_BYTES[settings.adapter_dtype]
     return {
         "weights": 0 if full else codes + linear,
         "statistics": statistics,
-        "other_weights": 0 if full else others * dtype // shards,
+        "other_weights": 0 if full else (others - tail - embedding) * dtype // shards,
+        "replicated": tail * dtype,
         "adapters": own * trained_bytes,
         "gradients": own * trained_bytes,
         "buckets": own * trained_bytes if settings.engine == "ddp" and settings.world_size > 1 else 0,

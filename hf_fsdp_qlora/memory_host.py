@@ -10,7 +10,14 @@ from __future__ import annotations
 import math
 
 from hf_fsdp_qlora.memory_loading import LOOKAHEAD_BYTES
-from hf_fsdp_qlora.memory_settings import DTYPE_BYTES, GIB, MemorySettings, row_format, trainable_parameters
+from hf_fsdp_qlora.memory_settings import (
+    DTYPE_BYTES,
+    GIB,
+    MemorySettings,
+    row_format,
+    trainable_parameters,
+    whole_numel,
+)
 from hf_fsdp_qlora.model_shape import ModelShape
 
 PROCESS_HOST_BYTES = int(2.5 * GIB)  # Python, torch, CUDA and the libraries of one rank
@@ -32,8 +39,8 @@ def host_bytes(shape: ModelShape, settings: MemorySettings, static: dict[str, in
         static: one rank's part of everything, wherever it lives.
 
     Returns:
-        processes; loading (staging, and under FSDP1 the model); offloaded; pinned (the same, rounded); masters
-        (rotary: the durable weights of all parameters).
+        processes; embedding (with embedding_on_host, of all ranks); loading (staging, and under FSDP1 the model);
+        offloaded; pinned (the same, rounded); masters (rotary: the durable weights of all parameters).
     """
     kinds = offloaded_kinds(settings)
     frozen = sum(static[name] for name in kinds if name in ("weights", "statistics", "other_weights"))
@@ -49,6 +56,7 @@ def host_bytes(shape: ModelShape, settings: MemorySettings, static: dict[str, in
     masters = shape.total_numel * DTYPE_BYTES[settings.master_dtype] if settings.method == "rotary" else 0
     return {
         "processes": settings.gpus * PROCESS_HOST_BYTES,
+        "embedding": settings.gpus * whole_numel(shape, settings)[1] * DTYPE_BYTES[settings.dtype],
         "loading": loading,
         "offloaded": settings.gpus * sum(static[name] for name in kinds),
         "pinned": settings.gpus * pinned,

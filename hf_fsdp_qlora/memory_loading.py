@@ -43,7 +43,7 @@ def loading_bytes(shape: ModelShape, settings: MemorySettings, static: dict[str,
     Args:
         static: what this rank keeps on its GPU, by kind (memory.py); gradients and optimizer state come later.
     """
-    kept = sum(static[name] for name in ("weights", "statistics", "other_weights", "adapters"))
+    kept = sum(static[name] for name in ("weights", "statistics", "other_weights", "replicated", "adapters"))
     if settings.engine == "fsdp1":
         root = shape.outside_numel * DTYPE_BYTES[settings.dtype] if settings.world_size > 1 else 0
         return max(stream_bytes(shape, settings), kept + 2 * root)

@@ -36,6 +36,8 @@ class MemorySettings:
     nodes: int = 1
     replicas: int = 1
     offload: str = "none"
+    replicate_head: bool = False
+    embedding_on_host: bool = False
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
     quant_format: str = "nf4"
@@ -78,6 +80,9 @@ class MemorySettings:
             problems.append(f"offload={self.offload!r} needs FSDP, got engine={self.engine!r}.")
         if self.replicas > 1 and (self.engine != "fsdp2" or self.world_size % self.replicas):
             problems.append(f"replicas={self.replicas} needs FSDP2 and a number of GPUs that it divides.")
+        whole = [name for name in ("replicate_head", "embedding_on_host") if getattr(self, name)]
+        if whole and (self.engine != "fsdp2" or not self.has_adapters):
+            problems.append(f"{whole[0]} needs FSDP2 and adapters, got {self.engine!r} and method={self.method!r}.")
         if self.prequantized and (self.method != "qlora" or self.quant_format not in ("nf4", "fp4")):
             problems.append(
                 "prequantized folders are in bitsandbytes 4 bits: method='qlora', quant_format 'nf4' or 'fp4'."
@@ -126,6 +131,24 @@ def trainable_parameters(shape: ModelShape, settings: MemorySettings) -> int:
     counts = shape.targeted(settings.target_modules)
     lora = sum(counts.get(x.name, 0) * settings.lora_r * (x.in_features + x.out_features) for x in shape.linears)
     return lora + _saved_numel(shape, settings.modules_to_save)
+
+
+def whole_numel(shape: ModelShape, settings: MemorySettings) -> tuple[int, int]:
+    """Frozen parameters that are not sharded: of the tail (head and final norm), whole on every rank; and of the input
+    embedding, in host memory.
+
+    Raises:
+        ConfigError: they are tied or trained.
+    """
+    if not (settings.replicate_head or settings.embedding_on_host):
+        return 0, 0
+    embedding = {"embed_tokens", "embed_in"} & set(settings.modules_to_save)
+    if not shape.head_numel:
+        raise ConfigError("replicate_head and embedding_on_host need a head that is not tied to the embedding.")
+    if (settings.replicate_head and settings.trains_head) or (settings.embedding_on_host and embedding):
+        raise ConfigError(f"modules_to_save={list(settings.modules_to_save)} trains what would not be sharded.")
+    tail = shape.head_numel + shape.outside_other_numel if settings.replicate_head else 0
+    return tail, shape.embedding_numel if settings.embedding_on_host else 0
 
 
 def row_format(settings: MemorySettings) -> RowFormat | None:

@@ -1,6 +1,6 @@
 """What a planner is asked: how large may the batch or the sequence be, and what is the cheapest way to make it fit.
 
-"Cheapest" is an order from what costs nothing to what costs most, not a calculation of time: see `_CHANGES`.
+"Cheapest" is an order from what costs nothing to what costs most, not a calculation of time: see `_changes`.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ def cheapest_change(
         estimate = estimate_memory(shape, changed)
         return estimate if estimate.fits(gpu_memory_bytes, host_memory_bytes) else None
 
-    for words, change in (_ON_THE_GPU, *_CHANGES):
+    for words, change in (_ON_THE_GPU, *_changes(shape)):
         changed = change(settings)
         estimate = tried(changed) if changed is not None else None
         if estimate is not None:
             return words, estimate
     series: list[str] = []
     current = settings
-    for words, change in _CHANGES:
+    for words, change in _changes(shape):
         changed = change(current)
-        if changed is None:
+        if changed is None or not _helps(shape, current, changed):
             continue
         current = changed
         series.append(words)
@@ -84,6 +84,29 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _helps(shape: ModelShape, before: MemorySettings, after: MemorySettings) -> bool:
+    """Whether a change takes anything from the card: a replicated head may add to it."""
+    return estimate_memory(shape, after).needed_bytes < estimate_memory(shape, before).needed_bytes
+
+
+def _changes(shape: ModelShape) -> tuple[Change, ...]:
+    """All changes for this model, cheapest first."""
+    if not shape.head_numel:
+        return (*_CHANGES, *_SLOW_CHANGES)
+    return (*_CHANGES, *_OUTSIDE_CHANGES, *_SLOW_CHANGES)
+
+
+def _outside(**options: bool) -> Callable[[MemorySettings], MemorySettings | None]:
+    def change(settings: MemorySettings) -> MemorySettings | None:
+        trained = set(settings.modules_to_save) & {"embed_tokens", "embed_in", "lm_head", "embed_out"}
+        changed = any(getattr(settings, name) != value for name, value in options.items())
+        if settings.engine != "fsdp2" or not settings.has_adapters or trained or not changed:
+            return None
+        return replace(settings, **options)  # type: ignore[arg-type]
+
+    return change
 
 
 def _checkpointing(settings: MemorySettings) -> MemorySettings | None:
@@ -163,10 +186,22 @@ _CHANGES: tuple[Change, ...] = (
     ('bfloat16 masters, rounded stochastically (RotaryConfig(master_dtype="bfloat16"))', _half_masters),
     ("4 bits in place of 8 for the base (load_in_4bit: true)", _four_bits),
     ("quantise the base (load_in_4bit: true)", _quantize),
+)
+"""From what changes nothing in the result to what changes it most."""
+_OUTSIDE_CHANGES: tuple[Change, ...] = (
+    ("the embedding in host memory (embedding_on_host: true)", _outside(embedding_on_host=True)),
+    ("the head whole on every GPU (replicate_head: true)", _outside(replicate_head=True)),
+    (
+        "the head whole on every GPU and the embedding in host memory (replicate_head: true, embedding_on_host: true)",
+        _outside(replicate_head=True, embedding_on_host=True),
+    ),
+)
+"""For models whose head is not tied to the embedding."""
+_SLOW_CHANGES: tuple[Change, ...] = (
     ('keep the quantised rows in host memory (load_model(offload="base"))', _offload("base")),
     ("keep all parameters in host memory (accelerate_configs/fsdp2_offload.yaml)", _offload("all")),
     ("half the sequence length", _shorter),
 )
-"""From what changes nothing in the result to what changes it most."""
+"""Copies of layers in every step, and what changes the result most."""
 _ANOTHER_METHOD: Change = ("train adapters on a 4-bit base (QLoRA) instead of all weights", _to_qlora)
 """The last resort, after every series of the others."""

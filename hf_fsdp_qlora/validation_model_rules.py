@@ -100,7 +100,8 @@ def memory_settings(run: Run) -> MemorySettings:
     values: dict[str, Any] = dict(
         engine=engines.get(run.distributed_type, "none"),
         gpus=max(1, run.num_processes // nodes), nodes=nodes, replicas=run.replicas,
-        offload=run.offload, dtype=run.dtype or "bfloat16",
+        offload=run.offload, replicate_head=bool(run.get("replicate_head")) and run.fsdp_version == 2,
+        embedding_on_host=bool(run.get("embedding_on_host")), dtype=run.dtype or "bfloat16",
         adapter_dtype=run.get("adapter_dtype"), lora_r=int(run.get("lora_r")),
         lora_dropout=float(run.get("lora_dropout")), optimizer=optimizer, batch_size=batch_size,
         target_modules=targets if isinstance(targets, str) else tuple(targets),

@@ -171,6 +171,9 @@ def test_choice_of_engine_and_offload(models: dict[str, str]) -> None:
     assert chosen(small, 2, 24) == ("MULTI_GPU", "none")
     assert chosen(large, 2, 40) == ("FSDP", "none")
     assert chosen(large, 2, 24) == ("FSDP", "base")
+    assert chosen(large, 2, 24, seq_len=512) == ("FSDP", "none")
+    whole = Answers(gpus=2, gpu_memory_gib=24, host_memory_gib=64, seq_len=512, **base)
+    assert recommend(whole, large).recipe.items() >= {"replicate_head": True, "embedding_on_host": True}.items()
     assert chosen(large, 8, 80) == ("MULTI_GPU", "none")
     assert chosen(large, 8, 80, goal="lora") == ("FSDP", "none")
     with pytest.raises(ConfigError, match="host memory"):

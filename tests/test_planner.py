@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 from hf_fsdp_qlora import checkpoint, host_memory, integrity, memory_host, memory_loading
 from hf_fsdp_qlora.activations import (
+    EMBEDDING_MOMENT,
     FORWARD_MOMENT,
     HEAD_FETCH_MOMENT,
     HEAD_FORWARD_MOMENT,
@@ -293,3 +294,55 @@ def test_planner_arithmetic_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+WHOLE: dict[str, Any] = dict(replicate_head=True, embedding_on_host=True)
+
+
+def test_a_whole_head_and_an_embedding_on_the_host_save_what_is_gathered() -> None:
+    """70B, 128,256 words, two ranks: neither the head nor the embedding is there twice, and 512 tokens fit 24 GiB."""
+    shape = model_shape(LlamaConfig(**LLAMA_70B))
+    head, embedding = (shape.head_numel + shape.outside_other_numel) * 2, shape.embedding_numel * 2
+    run: dict[str, Any] = dict(gpus=2, seq_len=512)
+    sharded, whole = estimate_memory(shape, **run), estimate_memory(shape, **run, **WHOLE)
+    assert (whole.gpu["replicated"], whole.gpu["other_weights"]) == (
+        head,
+        sharded.gpu["other_weights"] - (head + embedding) // 2,
+    )
+    assert whole.host["embedding"] == 2 * embedding
+    assert whole.host_needed_bytes - sharded.host_needed_bytes == 2 * embedding
+    fetched = sharded.moments[HEAD_FETCH_MOMENT] - whole.moments[HEAD_FETCH_MOMENT]
+    rows = layer_weight_bytes(shape, MemorySettings())
+    adapters = estimate_memory(shape, **run).trainable_parameters // shape.num_layers * 2
+    assert fetched == 2 * head + rows - adapters - (head - embedding) // 2
+    # One alone is not enough: the other is fetched through a buffer.
+    alone = [estimate_memory(shape, **run, **dict[str, Any]({name: True})) for name in WHOLE]
+    assert [one.highest_moment for one in alone] == [EMBEDDING_MOMENT, HEAD_FETCH_MOMENT]
+    assert whole.fits(24 * GIB) and not any(one.fits(24 * GIB) for one in (*alone, sharded))
+    assert estimate_memory(shape, **run, **WHOLE, offload="all").gpu["replicated"] == head
+    assert estimate_memory(shape, gpus=1, **WHOLE).moments[HEAD_FETCH_MOMENT] < estimate_memory(shape).peak_bytes
+
+
+def test_planner_proposes_a_whole_head_before_offload() -> None:
+    shape = model_shape(LlamaConfig(**LLAMA_70B))
+    found = cheapest_change(shape, MemorySettings(gpus=2, seq_len=512), 24 * GIB)
+    assert found is not None and "replicate_head: true, embedding_on_host: true" in found[0]
+    assert found[1].settings == MemorySettings(gpus=2, seq_len=512, **WHOLE)
+    tied = model_shape(LlamaConfig(**LLAMA_70B | dict(tie_word_embeddings=True)))
+    for refused in (
+        cheapest_change(tied, MemorySettings(gpus=2, seq_len=512), 22 * GIB),
+        cheapest_change(shape, MemorySettings(gpus=2, seq_len=512, modules_to_save=("lm_head",)), 24 * GIB),
+    ):
+        assert refused is not None and "replicate_head" not in refused[0]
+    # On 16 ranks a whole head is more than is gathered: a series leaves it out.
+    many = MemorySettings(gpus=8, nodes=2, seq_len=8192)
+    for card in (8, 9, 10):
+        change = cheapest_change(shape, many, card * GIB)
+        assert change is None or "the head whole on every GPU (" not in change[0].split("; ")
+    for settings in (dict(engine="fsdp1", gpus=2), dict(engine="fsdp2", method="rotary"), dict(engine="none")):
+        with pytest.raises(ConfigError, match="replicate_head needs FSDP2"):
+            MemorySettings(**settings, **WHOLE)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="not tied"):
+        estimate_memory(tied, gpus=2, **WHOLE)
+    with pytest.raises(ConfigError, match="would not be sharded"):
+        estimate_memory(shape, gpus=2, modules_to_save=("lm_head",), **WHOLE)

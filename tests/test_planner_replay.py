@@ -22,7 +22,14 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from hf_fsdp_qlora import fsdp1, load_model
-from hf_fsdp_qlora.activations import FIRST_LAYER_MOMENT, FORWARD_MOMENT, HEAD_FETCH_MOMENT, LAYER_MOMENT, NORM_MOMENT
+from hf_fsdp_qlora.activations import (
+    EMBEDDING_MOMENT,
+    FIRST_LAYER_MOMENT,
+    FORWARD_MOMENT,
+    HEAD_FETCH_MOMENT,
+    LAYER_MOMENT,
+    NORM_MOMENT,
+)
 from hf_fsdp_qlora.memory import CUBLAS_BYTES, estimate_memory
 from hf_fsdp_qlora.model_shape import model_shape
 from hf_fsdp_qlora.skeleton import decoder_layers
@@ -69,7 +76,7 @@ class LivingBytes(TorchDispatchMode):
         return sum(storage.nbytes() for storage in living.values() if storage is not None)
 
 
-def peaks(path: str, engine: str) -> tuple[int, dict[str, int]]:
+def peaks(path: str, engine: str, options: dict[str, bool]) -> tuple[int, dict[str, int]]:
     """On every rank: bytes before the last step, and the most in two parts of it."""
     loaded: Any = load_model(
         path,
@@ -78,6 +85,7 @@ def peaks(path: str, engine: str) -> tuple[int, dict[str, int]]:
         ),
         peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
         fsdp=engine,
+        **options,  # type: ignore[arg-type]
     )
     base = loaded.get_base_model()
     add_fused_lm_head(base)
@@ -118,17 +126,26 @@ def peaks(path: str, engine: str) -> tuple[int, dict[str, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "ranks"), [("fsdp2", 1), ("fsdp2", 2), ("fsdp1", 2)])
-def test_a_step_takes_what_the_planner_says(engine: str, ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "ranks", "whole"),
+    [("fsdp2", 1, ()), ("fsdp2", 2, ()), ("fsdp1", 2, ()), ("fsdp2", 2, ("replicate_head",)),
+     ("fsdp2", 2, ("embedding_on_host",)), ("fsdp2", 2, ("replicate_head", "embedding_on_host"))],
+)  # fmt: skip
+def test_a_step_takes_what_the_planner_says(engine: str, ranks: int, whole: tuple[str, ...], tmp_path: Path) -> None:
     """Within 5 %, the planner's own goal, of all that comes on top of the shards."""
     original: Any = LlamaForCausalLM(LlamaConfig(**SHAPE))
     original.to(torch.bfloat16).save_pretrained(tmp_path)
-    estimate = estimate_memory(model_shape(tmp_path), engine=engine, gpus=ranks, lora_r=8, seq_len=TOKENS)
-    static = sum(estimate.gpu[kind] for kind in ("weights", "statistics", "other_weights", "adapters", "optimizer"))
+    options: Any = dict.fromkeys(whole, True)
+    shape = model_shape(tmp_path)
+    estimate = estimate_memory(shape, engine=engine, gpus=ranks, lora_r=8, seq_len=TOKENS, **options)
+    kinds = ("weights", "statistics", "other_weights", "replicated", "adapters", "optimizer")
+    static = sum(estimate.gpu[kind] for kind in kinds)
+    # On the CPU host memory is the device's.
+    on_host = 2 * shape.embedding_numel if "embedding_on_host" in whole else 0
     moments = {name: size - static - CUBLAS_BYTES for name, size in estimate.moments.items()}
-    for before, found in run_distributed(peaks, str(tmp_path), engine, world_size=ranks):
-        assert before == pytest.approx(static, rel=0.02)
-        forward = max(moments[FORWARD_MOMENT], moments[HEAD_FETCH_MOMENT])
+    for before, found in run_distributed(peaks, str(tmp_path), engine, options, world_size=ranks):
+        assert before - on_host == pytest.approx(static, rel=0.02)
+        forward = max(moments[name] for name in (EMBEDDING_MOMENT, FORWARD_MOMENT, HEAD_FETCH_MOMENT))
         assert found[FORWARD] - before == pytest.approx(forward, rel=0.05)
         backward = max(moments[name] for name in (NORM_MOMENT, LAYER_MOMENT, FIRST_LAYER_MOMENT))
         assert found[BACKWARD] - before == pytest.approx(backward, rel=0.05)

@@ -40,6 +40,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--nodes", type=int, default=defaults.nodes, help="nodes")
     parser.add_argument("--replicas", type=int, default=defaults.replicas, help="copies of the model (HSDP)")
     parser.add_argument("--offload", choices=OFFLOADS, default=defaults.offload, help="what lives in host memory")
+    parser.add_argument("--replicate-head", action="store_true", help="head and final norm whole on every GPU")
+    parser.add_argument("--embedding-on-host", action="store_true", help="input embedding in host memory")
     parser.add_argument("--seq-len", type=int, default=defaults.seq_len, help="tokens of a sequence")
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="sequences per GPU and step")
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1, help="micro-batches per step")
