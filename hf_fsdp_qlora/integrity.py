@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from hf_fsdp_qlora.distributed import same_outcome, world_size
+from hf_fsdp_qlora.distributed import world_size
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
 from hf_fsdp_qlora.sharding import gathered_rows, is_sharded, local_tensor, replica_group
 
@@ -71,13 +71,12 @@ def check_integrity(model: nn.Module, *, max_groups: int | None = None) -> int:
         if counts:
             found = torch.stack([*counts.values()]).tolist()
             damaged += [(name, wrong) for name, wrong in zip(counts, found, strict=True) if wrong]
-    with same_outcome("the integrity check of the quantised weights"):
-        if damaged:
-            raise IntegrityError(
-                f"{sum(wrong for _, wrong in damaged)} of {compared} quantised rows differ from what was loaded, in "
-                f"{len(damaged)} layers; the first is {damaged[0][0]}. Something cast or overwrote the bytes (a "
-                "mixed-precision policy, .to(dtype), a bf16 copy). Do not use this run's results."
-            )
+    _raise_on_every_rank(
+        f"{sum(wrong for _, wrong in damaged)} of {compared} quantised rows differ from what was loaded, in "
+        f"{len(damaged)} layers; the first is {damaged[0][0]}. Something cast or overwrote the bytes (a "
+        "mixed-precision policy, .to(dtype), a bf16 copy). Do not use this run's results."
+        if damaged else None
+    )  # fmt: skip
     return compared
 
 
@@ -111,12 +110,22 @@ def _compare(model: nn.Module, named: list[tuple[str, nn.Parameter]], group: Pro
     of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(of_all, mine, group=group)
     different = [name for index, (name, _) in enumerate(named) if any(other[index] != mine[index] for other in of_all)]
-    with same_outcome("comparing the replicas"):
-        if different:
-            raise IntegrityError(
-                f"{len(different)} of {len(named)} parameters differ between replicas; the first is {different[0]}. "
-                "The nodes did not read the same checkpoint: give a revision, or copy one folder to all of them."
-            )
+    _raise_on_every_rank(
+        f"{len(different)} of {len(named)} parameters differ between replicas; the first is {different[0]}. "
+        "The nodes did not read the same checkpoint: give a revision, or copy one folder to all of them."
+        if different else None
+    )  # fmt: skip
+
+
+def _raise_on_every_rank(problem: str | None) -> None:
+    """Raise this rank's problem, or that of the first rank that has one. Collective: rows that are whole on every
+    rank (DDP) may be damaged on one alone, and the others would wait for it in the next step."""
+    of_all = [problem] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(of_all, problem)
+    elsewhere = next((f"On rank {index}: {other}" for index, other in enumerate(of_all) if other is not None), None)
+    if elsewhere is not None:
+        raise IntegrityError(problem or elsewhere)
 
 
 def _sum_of_bytes(values: Tensor) -> Tensor:

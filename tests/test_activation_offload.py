@@ -19,7 +19,7 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from hf_fsdp_qlora import QuantizedLinear, load_model
 from hf_fsdp_qlora.integrity import check_integrity
 from tests.distributed import run_distributed
-from tests.test_loading import CPU, FSDP2, batch, nf4
+from tests.loading_story import CPU, FSDP2, batch, nf4
 from tests.tiny_models import save_tiny_model
 from tests.trainer_story import launch_env, make_trainer, report
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from hf_fsdp_qlora import ConfigError, load_model
 from hf_fsdp_qlora.cli import main
 from hf_fsdp_qlora.expand import expand_checkpoint, read_expansion
-from tests.test_loading import nf4
+from tests.loading_story import nf4
 from tests.tiny_models import ARCHITECTURES, save_tiny_model
 from tests.tiny_tokenizer import make_tokenizer
 

@@ -29,7 +29,7 @@ from hf_fsdp_qlora.skeleton import decoder_layers
 from hf_fsdp_qlora.trainer_compat import attachment
 from tests.conformance.cases import CASES
 from tests.distributed import run_distributed
-from tests.test_loading import CPU, FSDP2, LORA, batch, nf4, plain_name
+from tests.loading_story import CPU, FSDP2, LORA, batch, nf4, plain_name
 from tests.tiny_models import save_tiny_model
 from tests.trainer_story import fsdp1_env, launch_env, make_trainer, model_of, report
 

@@ -25,7 +25,7 @@ from tests.conformance.cases import CASES
 from tests.conformance.test_sharded import names_to_run
 from tests.distributed import run_distributed
 from tests.test_fsdp1 import FSDP1, weights_of
-from tests.test_loading import CPU, LORA, batch, nf4, plain_name
+from tests.loading_story import CPU, LORA, batch, nf4, plain_name
 from tests.tiny_models import save_tiny_model
 
 

@@ -17,7 +17,7 @@ from hf_fsdp_qlora.host_memory import ALIGNMENT, allocate_in_slabs
 from hf_fsdp_qlora.integrity import check_integrity
 from hf_fsdp_qlora.sharding import local_tensor
 from tests.distributed import run_distributed
-from tests.test_loading import CPU, FSDP2, LORA, batch, nf4
+from tests.loading_story import CPU, FSDP2, LORA, batch, nf4
 from tests.tiny_models import save_tiny_model
 
 

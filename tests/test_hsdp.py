@@ -17,7 +17,7 @@ from hf_fsdp_qlora.linear import as_bytes
 from hf_fsdp_qlora.quantization import LinearInt8Config
 from hf_fsdp_qlora.sharding import local_tensor
 from tests.distributed import run_distributed
-from tests.test_loading import LORA, nf4
+from tests.loading_story import LORA, nf4
 from tests.tiny_models import save_tiny_model
 from tests.trainer_story import adapter, assert_equal, launch, launch_env, train
 

@@ -22,7 +22,7 @@ from hf_fsdp_qlora.new_layers import new_layers_config
 from hf_fsdp_qlora.resources import find_recipe
 from hf_fsdp_qlora.train import adapter_config, quantization_config
 from tests.distributed import run_distributed
-from tests.test_loading import batch, nf4
+from tests.loading_story import batch, nf4
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizer import make_tokenizer
 from tests.trainer_story import launch_env, make_data, report

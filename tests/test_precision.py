@@ -22,8 +22,8 @@ from hf_fsdp_qlora.loading import load_model
 from hf_fsdp_qlora.precision import PRESETS, recipe_values, resolve_precision
 from hf_fsdp_qlora.validation import validate
 from tests.distributed import run_distributed
+from tests.loading_story import CPU, FSDP2, LORA, batch, nf4
 from tests.test_fsdp1 import FSDP1, wrap
-from tests.test_loading import CPU, FSDP2, LORA, batch, nf4
 from tests.tiny_models import save_tiny_model
 
 ENGINES = {"one process": (1, CPU), "fsdp1": (2, FSDP1), "fsdp2": (2, FSDP2)}

@@ -23,8 +23,8 @@ from hf_fsdp_qlora.fsdp1 import clean_name
 from hf_fsdp_qlora.integrity import check_integrity
 from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig, LinearInt8Config
 from tests.distributed import run_distributed
+from tests.loading_story import ENGINES, LORA, batch, nf4, plain_name
 from tests.test_fsdp1 import FSDP1, wrap
-from tests.test_loading import ENGINES, LORA, batch, nf4, plain_name
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizer import make_tokenizer
 from tests.trainer_story import fsdp1_env, launch_env, make_data, report

@@ -23,7 +23,7 @@ from hf_fsdp_qlora.checkpoint_writer import CheckpointWriter
 from hf_fsdp_qlora.cli import main
 from hf_fsdp_qlora.quantization import BlockwiseFourBitConfig
 from hf_fsdp_qlora.quantize_checkpoint import quantize_checkpoint
-from tests.test_loading import batch, nf4
+from tests.loading_story import batch, nf4
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizer import make_tokenizer
 

@@ -19,7 +19,8 @@ from hf_fsdp_qlora import ConfigError, engine, load_model
 from hf_fsdp_qlora.quantization import backend_for_config
 from hf_fsdp_qlora.quantization.stored import pack_weight
 from hf_fsdp_qlora.skeleton import decoder_layers, replace_linears
-from tests.test_loading import TINY, nf4, save_config
+from tests.loading_story import nf4
+from tests.test_loading_refusals import TINY, save_config
 from tests.test_prequantized import save_quantized
 from tests.tiny_models import make_config, save_tiny_model
 
