@@ -9,8 +9,12 @@ FSDP1 cannot offload.
 
 Each run's losses, states and peak are printed as soon as it is done, or the error that ended it; at the end all again,
 beside the same optimizer on one process. Exit status 1 if a run does not do what the rules say: FSDP1 trains with
-bitsandbytes' optimizers, FSDP2 raises with them and with Adafactor, and FSDP1 with everything offloaded trains flat
-parameters as without offload. One line is open: whether original parameters do so too where units compute on a GPU.
+bitsandbytes' optimizers, FSDP2 raises with them and with Adafactor, and FSDP1 with everything offloaded trains as one
+process does, with flat and with original parameters.
+
+"B" is how far the trained lora_B are from one process's. Losses hardly show wrong gradients in so few steps: where
+units compute on the CPU, torch adds the gradients of the step before to those of offloaded original parameters, and
+FSDP1's offload is refused. Losses are then 2e-05 off and B is 0.32 off, beside 0.026 with flat parameters.
 """
 
 from __future__ import annotations
@@ -25,11 +29,15 @@ from launch import FSDP2_ENV, describe_machine
 from peft import LoraConfig
 from stock_trainer import logged, make_trainer
 from stories import Failure, Group, Outcome, Story, tell_all
-from tiny_llama import SEQUENCES, SMALL, four_bit, save_tiny_llama, tokens
+from tiny_llama import SEQUENCES, SMALL, four_bit, relative_error, save_tiny_llama, tokens
+from torch import Tensor
 
 from hf_fsdp_qlora import load_model
+from hf_fsdp_qlora.export import gather_adapter
 
 STEPS = 4
+B_LIMIT = 0.1
+"""Adam makes steps of full size of rounding in small gradients."""
 PLAIN = "adamw_torch"
 BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 ORIGINAL, OFFLOAD = {"FSDP_USE_ORIG_PARAMS": "true"}, {"FSDP_OFFLOAD_PARAMS": "true"}
@@ -42,7 +50,6 @@ ENGINES: dict[str, tuple[int, dict[str, str], tuple[str, ...]]] = {
     "fsdp1, use_orig_params": (2, {**FSDP1_ENV, **ORIGINAL}, BITSANDBYTES),
     "fsdp2": (2, FSDP2_ENV, (*BITSANDBYTES, "adafactor")),
 }
-OPEN = "fsdp1, offload all, use_orig_params"
 
 
 def main() -> int:
@@ -70,8 +77,11 @@ def story(path: str, output_dir: str, engine: str, optim: str) -> Story:
     return Story(train, (path, output_dir, optim), show=partial(in_words, f"{engine}, {optim}"))
 
 
-def train(path: str, output_dir: str, optim: str) -> tuple[list[float], set[torch.dtype], float]:
-    """Losses, dtypes of the states, and the peak of memory in GiB."""
+Result = tuple[list[float], set[torch.dtype], float, Tensor]
+
+
+def train(path: str, output_dir: str, optim: str) -> Result:
+    """Losses, dtypes of the states, the peak of memory in GiB, and on rank 0 all lora_B in one vector."""
     from hf_fsdp_qlora import load_checks
     from hf_fsdp_qlora.trainer_compat import patches
 
@@ -87,11 +97,16 @@ def train(path: str, output_dir: str, optim: str) -> tuple[list[float], set[torc
     assert trainer.optimizer is not None
     values = [value for state in trainer.optimizer.state.values() for value in state.values()]
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return logged(trainer, "loss"), {v.dtype for v in values if isinstance(v, torch.Tensor)}, peak
+    adapter = gather_adapter(model)
+    trained = [adapter[name].flatten() for name in sorted(adapter) if "lora_B" in name]
+    return (
+        logged(trainer, "loss"), {v.dtype for v in values if isinstance(v, Tensor)}, peak,
+        torch.cat(trained) if trained else torch.empty(0),
+    )  # fmt: skip
 
 
-def in_words(what: str, result: tuple[list[float], set[torch.dtype], float]) -> str:
-    losses, dtypes, peak = result
+def in_words(what: str, result: Result) -> str:
+    losses, dtypes, peak, _ = result
     names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return f"{what}: losses {' '.join(f'{loss:.5f}' for loss in losses)}, states {names}, {peak:.2f} GiB"
 
@@ -103,11 +118,11 @@ def describe(key: tuple[str, str], outcome: Outcome, reference: Outcome) -> bool
         print(f"{engine}, {optim}: raised: {outcome.reason.splitlines()[-1][:200]}")
         return engine == "fsdp2"
     assert not isinstance(reference, Failure)
-    losses, dtypes, _ = outcome[0]
-    gap = loss_error(losses, reference[0][0])
-    print(f"{in_words(f'{engine}, {optim}', outcome[0])}, off by {gap:.1e}")
+    losses, dtypes, _, trained = outcome[0]
+    gap, b_gap = loss_error(losses, reference[0][0]), relative_error(trained, reference[0][3])
+    print(f"{in_words(f'{engine}, {optim}', outcome[0])}, off by {gap:.1e}, B by {b_gap:.1e}")
     small = torch.uint8 in dtypes
-    return engine == OPEN or (engine != "fsdp2" and gap < LOSS_LIMIT and small == ("8bit" in optim))
+    return engine != "fsdp2" and gap < LOSS_LIMIT and b_gap < B_LIMIT and small == ("8bit" in optim)
 
 
 if __name__ == "__main__":

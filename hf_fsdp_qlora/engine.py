@@ -125,9 +125,6 @@ def launched_config(engine: Engine, device: torch.device) -> dict[str, Any]:
                 for name in ("fsdp", "parallelism_config")}  # fmt: skip
     if engine in ("fsdp1", "fsdp2"):
         sections["fsdp"]["fsdp_version"] = engine[-1]
-        # What the plugin takes where no launcher has set it; in a config file the default is another, `accelerate
-        # launch`'s.
-        sections["fsdp"].setdefault("fsdp_use_orig_params", "false")
     # The one variable that accelerate names otherwise than the key it comes from (utils/launch.py).
     if "fsdp_transformer_cls_to_wrap" in sections["fsdp"]:
         sections["fsdp"]["fsdp_transformer_layer_cls_to_wrap"] = sections["fsdp"].pop("fsdp_transformer_cls_to_wrap")

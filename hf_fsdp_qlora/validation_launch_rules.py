@@ -154,20 +154,6 @@ def offload_has_fsdp(run: Run) -> Problem | None:
     return None
 
 
-def fsdp1_offloads_flat_parameters(run: Run) -> Problem | None:
-    """Seen with torch 2.13 where units compute on the CPU (tests/test_fsdp1_offload.py): with original parameters an
-    offloaded, trained unit adds the gradients of the step before to its own. Frozen units have none. `accelerate
-    launch` says true where a config file does not say (commands/launch.py)."""
-    value = run.fsdp("fsdp_use_orig_params")
-    if run.fsdp_version != 1 or run.offload != "all" or not (value is None or is_true(value)):
-        return None
-    return Problem(
-        "fsdp_config.fsdp_use_orig_params", value,
-        "With offload: all torch's FSDP1 adds old gradients to those of original parameters: adapters train wrongly.",
-        "Set fsdp_use_orig_params: false, as accelerate_configs/fsdp1_offload.yaml does, or offload: base.",
-    )  # fmt: skip
-
-
 def whole_parameters_have_fsdp2(run: Run) -> Problem | None:
     """outside.py: FSDP2 alone can leave parameters out, and rotary training replicates everything but rows already."""
     set_ones = [key for key in ("replicate_head", "embedding_on_host") if run.get(key)]
@@ -235,5 +221,5 @@ LAUNCH_RULES: tuple[Rule, ...] = (
     reshard_after_forward_has_its_versions_type, state_dict_type_is_known_to_fsdp2, fsdp1_state_dict_is_full,
     replicas_fit_the_processes,
     device_map_is_not_set, weights_have_a_row_format, adapter_kind_is_supported, offload_has_fsdp,
-    fsdp1_offloads_flat_parameters, whole_parameters_have_fsdp2,
+    whole_parameters_have_fsdp2,
 )  # fmt: skip

@@ -24,8 +24,8 @@ from hf_fsdp_qlora.skeleton import decoder_layers
 from tests.conformance.cases import CASES
 from tests.conformance.test_sharded import names_to_run
 from tests.distributed import run_distributed
-from tests.test_fsdp1 import FSDP1, weights_of
 from tests.loading_story import CPU, LORA, batch, nf4, plain_name
+from tests.test_fsdp1 import FSDP1, weights_of
 from tests.tiny_models import save_tiny_model
 
 
@@ -67,8 +67,10 @@ def test_offloaded_units_train_as_without_offload(use_orig_params: bool, tmp_pat
     assert base[0]["offloads"] == {(True, False), (False, True)} and not base[0]["root"]
     assert everything[0]["offloads"] == {(True, True), (False, True)} and everything[0]["root"]
     assert all(equal(*pair) for pair in zip(base, plain, strict=True))
-    # What validation_launch_rules.fsdp1_offloads_flat_parameters refuses, and why.
-    assert all(equal(*pair) is not use_orig_params for pair in zip(everything, plain, strict=True))
+    if not use_orig_params:
+        # With original parameters torch 2.13 adds the gradients of the step before to the new ones where units compute
+        # on the CPU, which `load_model` refuses. On a GPU it does not: benchmarks/optimizers_check.py.
+        assert all(equal(*pair) for pair in zip(everything, plain, strict=True))
 
 
 def equal(result: dict[str, Any], expected: dict[str, Any]) -> bool:

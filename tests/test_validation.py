@@ -144,13 +144,6 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [(FSDP2, {**recipe(int8_type="linear", int8_block_size=64), "load_in_4bit": False}),
          (FSDP2, {**recipe(hqq_nbits=3, hqq_axis=0), "load_in_4bit": False})],
     ),
-    "fsdp1_offloads_flat_parameters": (
-        [(fsdp1(fsdp_offload_params=True, fsdp_use_orig_params=True), RECIPE),
-         (fsdp1(fsdp_offload_params=True, fsdp_use_orig_params=None), RECIPE)],
-        [(fsdp1(fsdp_offload_params=True, fsdp_use_orig_params=False), RECIPE),
-         (fsdp1(fsdp_use_orig_params="true"), recipe(offload="base")), (fsdp1(fsdp_use_orig_params=True), RECIPE),
-         (fsdp2(fsdp_offload_params=True, fsdp_use_orig_params=True), RECIPE)],
-    ),
     "layerwise_optimizer_runs_alone": (
         [(FSDP2, recipe(optim="galore_adamw_layerwise"))],
         [(SINGLE, recipe(optim="galore_adamw_layerwise"))],
