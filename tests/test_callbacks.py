@@ -101,7 +101,9 @@ class _Counted:
 
 
 def test_weight_integrity_stops_before_the_first_step_and_during_training(model_path: str, tmp_path: Path) -> None:
-    run_distributed(_integrity_story, model_path, str(tmp_path), **RANKS)
+    for rows, damaged_at, began_at in run_distributed(_integrity_story, model_path, str(tmp_path), **RANKS):
+        assert rows > 0 and began_at == 0
+        assert damaged_at == 4, "the check after step 2 passed, the one after step 4 did not"
 
 
 class _Damage(TrainerCallback):
@@ -121,20 +123,24 @@ def flip_one_bit(model: torch.nn.Module) -> None:
     rows.view(torch.uint8)[0, 0] ^= 1
 
 
-def _integrity_story(model_path: str, output_dir: str) -> None:
+def _integrity_story(model_path: str, output_dir: str) -> tuple[int, int, int]:
+    """Rows that were compared, and the steps at which training stopped: after damage, and with damage before it."""
     callback = WeightIntegrityCallback(every_n_steps=2)
     with pytest.raises(ConfigError, match="no model to check"):
         callback.check()
     trainer = make_trainer(model_path, output_dir, callbacks=[_Damage(step=3), callback])
-    assert callback.check(trainer.model) > 0
+    rows = callback.check(trainer.model)
     with pytest.raises(IntegrityError):
         trainer.train()
-    assert trainer.state.global_step == 4, "the check after step 2 passed, the one after step 4 did not"
+    damaged_at = trainer.state.global_step
     with pytest.raises(IntegrityError):
         callback.check()
     with pytest.raises(IntegrityError):  # before the first step
         trainer.train()
-    assert trainer.state.global_step == 0
+    return rows, damaged_at, trainer.state.global_step
+
+
+def test_negative_intervals_between_integrity_checks_are_refused() -> None:
     with pytest.raises(ConfigError, match="every_n_steps"):
         WeightIntegrityCallback(every_n_steps=-1)
 

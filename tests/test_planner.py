@@ -291,9 +291,10 @@ def test_planner_arithmetic_needs_no_torch() -> None:
 
     code = (
         "import sys, hf_fsdp_qlora.memory_settings, hf_fsdp_qlora.commands.estimate, hf_fsdp_qlora.memory; "
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        "print('hf_fsdp_qlora.memory', *{'torch', 'transformers'} & sys.modules.keys())"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stdout.split() == ["hf_fsdp_qlora.memory"]
 
 
 WHOLE: dict[str, Any] = dict(replicate_head=True, embedding_on_host=True)

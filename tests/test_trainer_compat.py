@@ -233,35 +233,43 @@ def test_epoch_checkpoints_in_bf16_keep_float32_adapters(model_path: str, tmp_pa
 
 
 def test_state_dict_holds_adapters_and_empty_frozen_entries(model_path: str, tmp_path: Path) -> None:
-    launch("fsdp2-full", _inspect_state_dict, model_path, str(tmp_path))
+    for found in launch("fsdp2-full", _inspect_state_dict, model_path, str(tmp_path)):
+        assert len(found["trainable"]) == 28 and found["entries"] >= found["parameters"] > found["trainable"]
+        assert found["with_values"] == found["sharded"] == found["trainable"]
+        assert adapter(tmp_path).keys() == {name.replace(".default", "") for name in found["trainable"]}
 
 
-def _inspect_state_dict(model_path: str, output_dir: str) -> None:
+def _inspect_state_dict(model_path: str, output_dir: str) -> dict[str, set[str]]:
     model = model_of(make_trainer(model_path, output_dir))
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     entries = model.state_dict()
-    assert entries.keys() >= {name for name, _ in model.named_parameters()}
-    assert {name for name, tensor in entries.items() if tensor.numel()} == trainable
-    assert all(isinstance(entries[name], DTensor) for name in trainable)
     model.save_pretrained(output_dir)  # on every rank, gathers, one rank writes
-    torch.distributed.barrier()
-    assert adapter(Path(output_dir)).keys() == {name.replace(".default", "") for name in trainable}
+    return {
+        "parameters": {name for name, _ in model.named_parameters()},
+        "trainable": {name for name, parameter in model.named_parameters() if parameter.requires_grad},
+        "entries": {*entries},
+        "with_values": {name for name, tensor in entries.items() if tensor.numel()},
+        "sharded": {name for name, tensor in entries.items() if isinstance(tensor, DTensor) and tensor.numel()},
+    }
 
 
 def test_settings_that_cannot_work_are_refused(model_path: str, tmp_path: Path) -> None:
-    launch("fsdp2-full", _refusals, model_path, str(tmp_path))
+    for messages, same_size_is_nothing in launch("fsdp2-full", _refusals, model_path, str(tmp_path)):
+        needed = ("bf16_full_eval", "chat_template_path", "adapter_model.safetensors")
+        assert all(word in message for word, message in zip(needed, messages, strict=True))
+        assert same_size_is_nothing
 
 
-def _refusals(model_path: str, output_dir: str) -> None:
-    with pytest.raises(ConfigError, match="bf16_full_eval"):
+def _refusals(model_path: str, output_dir: str) -> tuple[list[str], bool]:
+    with pytest.raises(ConfigError) as full_eval:
         make_trainer(model_path, output_dir, bf16_full_eval=True, use_cpu=True)
     trainer = make_trainer(model_path, output_dir)
     model = model_of(trainer)
-    assert model.resize_token_embeddings(259) is model.get_input_embeddings()
-    with pytest.raises(ConfigError, match="chat_template_path"):
+    same_size_is_nothing = model.resize_token_embeddings(259) is model.get_input_embeddings()
+    with pytest.raises(ConfigError) as resized:
         model.resize_token_embeddings(259, pad_to_multiple_of=64)
-    with pytest.raises((ConfigError, RuntimeError), match="adapter_model.safetensors"):
+    with pytest.raises((ConfigError, RuntimeError)) as resumed:
         trainer.train(resume_from_checkpoint=_folder_with_state_only(output_dir))
+    return [str(caught.value) for caught in (full_eval, resized, resumed)], same_size_is_nothing
 
 
 def _folder_with_state_only(output_dir: str) -> str:
@@ -289,19 +297,22 @@ def _resume_with_rank_8(model_path: str, output_dir: str, resume: str) -> str:
 def test_processes_that_would_train_alone_are_refused(model_path: str, tmp_path: Path) -> None:
     """Two processes on CPU without use_cpu: accelerate opens the process group and forgets it."""
     env = {"HF_HUB_OFFLINE": "1"}
-    run_distributed(_alone, model_path, str(tmp_path), env=env)
+    for message in run_distributed(_alone, model_path, str(tmp_path), env=env):
+        assert "2 processes" in message and "each would train alone" in message
 
 
-def _alone(model_path: str, output_dir: str) -> None:
-    with pytest.raises(ConfigError, match="each would train alone"):
+def _alone(model_path: str, output_dir: str) -> str:
+    with pytest.raises(ConfigError) as caught:
         make_trainer(model_path, output_dir)
+    return str(caught.value)
 
 
 def test_model_loaded_for_another_engine_is_refused(model_path: str, tmp_path: Path) -> None:
-    launch("fsdp2-one-rank", _mismatch, model_path, str(tmp_path))
+    [message] = launch("fsdp2-one-rank", _mismatch, model_path, str(tmp_path))
+    assert "set up for FSDP2" in message and "loaded for 'ddp'" in message
 
 
-def _mismatch(model_path: str, output_dir: str) -> None:
+def _mismatch(model_path: str, output_dir: str) -> str:
     from transformers import Trainer, TrainingArguments
 
     from hf_fsdp_qlora.trainer_compat import attach
@@ -310,16 +321,18 @@ def _mismatch(model_path: str, output_dir: str) -> None:
     attach(model, engine="ddp")
     trainer = Trainer(model=model, args=TrainingArguments(output_dir=output_dir, report_to=[]))
     trainer.accelerator.state.fsdp_plugin = make_trainer(model_path, output_dir).accelerator.state.fsdp_plugin
-    with pytest.raises(ConfigError, match="loaded for 'ddp'"):
+    with pytest.raises(ConfigError) as caught:
         trainer.create_accelerator_and_postprocess()
+    return str(caught.value)
 
 
 def test_models_that_are_not_ours_see_stock_code(model_path: str, tmp_path: Path) -> None:
-    launch("one-process", _stock_story, model_path, str(tmp_path))
+    [empty_entries] = launch("one-process", _stock_story, model_path, str(tmp_path))
+    assert empty_entries == []
     assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
 
 
-def _stock_story(model_path: str, output_dir: str) -> None:
+def _stock_story(model_path: str, output_dir: str) -> list[str]:
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     from hf_fsdp_qlora.trainer_compat import install
@@ -331,4 +344,4 @@ def _stock_story(model_path: str, output_dir: str) -> None:
     trainer = Trainer(model=model, args=args, train_dataset=make_data(8), data_collator=collator)
     trainer.train()
     trainer.train(resume_from_checkpoint=str(Path(output_dir) / "checkpoint-1"))
-    assert all(tensor.numel() for tensor in model.state_dict().values())
+    return [name for name, tensor in model.state_dict().items() if not tensor.numel()]
