@@ -45,9 +45,7 @@ def check_ours(folder: str) -> dict[str, list[ByteCheck]]:
     return {offload: list(check_offload(folder, offload, expected, reference)) for offload in OFFLOADS}
 
 
-def check_offload(
-    folder: str, offload: str, expected: dict[str, Expected], reference: Tensor
-) -> Iterator[ByteCheck]:
+def check_offload(folder: str, offload: str, expected: dict[str, Expected], reference: Tensor) -> Iterator[ByteCheck]:
     """Load and train a step, and look before, during and after."""
     model = load_model(
         folder,

@@ -97,5 +97,3 @@ def make_accelerator() -> Accelerator:
 
 def _dequantize(codes: Tensor, state: bnb.QuantState) -> Tensor:
     return bnb.dequantize_4bit(codes.view(-1, 1), state)
-
-

@@ -86,9 +86,7 @@ def train_with_fused_head(folder: str) -> list[float]:
     model = load_model(
         folder,
         quantization_config=four_bit(torch.float32),
-        peft_config=LoraConfig(
-            r=8, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM"
-        ),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
         dtype=torch.float32,
     )
     with tempfile.TemporaryDirectory() as output:

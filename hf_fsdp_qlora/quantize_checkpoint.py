@@ -136,9 +136,7 @@ class _Plan:
         if take_stored_config(self.model.config) is not None:
             raise ConfigError(f"{folder} is in bitsandbytes 4 bits already. Quantise the model it was made from.")
         self.wanted: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
-        self.kept = replace_linears(
-            self.model, backend, skip_modules=skip_modules(config), storage_dtype=torch.uint8
-        )
+        self.kept = replace_linears(self.model, backend, skip_modules=skip_modules(config), storage_dtype=torch.uint8)
         self.backends = {
             f"{name}.weight": backend
             for name, module in self.model.named_modules()

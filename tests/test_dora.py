@@ -85,9 +85,7 @@ def train(path: str, out: str | None, init: bool) -> tuple[float, dict[str, Tens
 
 
 @pytest.mark.parametrize("init", KINDS.values(), ids=KINDS.keys())
-def test_two_ranks_train_dora_as_one_process_and_stock_peft_loads_it(
-    qwen2: Path, init: bool, tmp_path: Path
-) -> None:
+def test_two_ranks_train_dora_as_one_process_and_stock_peft_loads_it(qwen2: Path, init: bool, tmp_path: Path) -> None:
     ((alone, expected),) = run_distributed(train, str(qwen2), None, init, world_size=1, process_group=False)
     for loss, found in run_distributed(train, str(qwen2), str(tmp_path), init, env=FSDP2):
         # Three Adam steps in float32 on equal batches.
@@ -102,6 +100,4 @@ def test_two_ranks_train_dora_as_one_process_and_stock_peft_loads_it(
     again = load_model(
         qwen2, quantization_config=bnb_config(torch.float32), adapter_name_or_path=str(tmp_path), dtype=torch.float32
     )
-    torch.testing.assert_close(
-        again(input_ids=TOKENS).logits, stock(input_ids=TOKENS).logits, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(again(input_ids=TOKENS).logits, stock(input_ids=TOKENS).logits, rtol=1e-5, atol=1e-5)
