@@ -153,10 +153,12 @@ class FourBitBackend(QuantizationBackend):
     def _absmax(self, stats: Tensor) -> Tensor:
         """First-level absmax, (num_rows, 256) float32: table[code] * second-level absmax + offset, in that order and
         without fusing, as bitsandbytes rounds it."""
-        table = dynamic_map(stats.device)
-        second_and_offset = stats[:, NESTED_BLOCKS:].contiguous().view(torch.float32)
-        absmax = table[stats[:, :NESTED_BLOCKS].int()]
-        return absmax.mul_(second_and_offset[:, :1]).add_(second_and_offset[:, 1:])
+        codes, levels = stats[:, :NESTED_BLOCKS].contiguous(), stats[:, NESTED_BLOCKS:].contiguous()
+        second, offset = levels.view(torch.float32).split(1, dim=1)
+        scaled = torch.ops.bitsandbytes.dequantize_blockwise(
+            codes, second.contiguous(), dynamic_map(stats.device), NESTED_BLOCKS, torch.float32
+        )
+        return scaled.add_(offset)
 
 
 _DYNAMIC_MAPS: dict[torch.device, Tensor] = {}
