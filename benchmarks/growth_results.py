@@ -47,6 +47,6 @@ def plot(rows: Iterable[dict[str, Any]], path: str) -> None:
         for name, points in lines.items():
             sizes = [row["parameters"] / 1e9 for row in points]
             axis.plot(sizes, [row[key] for row in points], marker="o", markersize=3, linewidth=1, label=name)
-        axis.set(title=title, xlabel="parameters, 1e9", xscale="log", ylim=(0, None))
+        axis.set(title=title, xlabel="parameters, 1e9", xlim=(0, None), ylim=(0, None))
     axes.flat[0].legend()
     figure.savefig(path)
