@@ -46,6 +46,10 @@ def divided(stored: dict[str, StoredTensor], rank: int, world_size: int) -> tupl
     """What one of several ranks has: all but "never" trained; 32-bit, 8-bit and no optimizer states."""
     masters = Masters(stored, dtype=torch.float32, rank=rank, world_size=world_size)
     moments: dict[str, dict[str, Any]] = {}
+    first, last = masters.slice_bounds("long")
+    masters.store("long", values_of("long", 0.5)[first:last])
+    masters.put_aside("long")  # two blocks in the middle of a visit: their second, and their first
+    masters.put_aside("short")
     for name in ("long", "short", "tiny"):
         first, last = masters.slice_bounds(name)
         masters.store(name, values_of(name)[first:last])
@@ -86,6 +90,9 @@ def assert_same_masters(actual: Masters, expected: Masters) -> None:
     assert [name for name, _ in actual.trained()] == [name for name, _ in expected.trained()]
     for (name, own), (_, value) in zip(actual.trained(), expected.trained(), strict=True):
         assert torch.equal(own, value), name
+    assert [name for name, _ in actual.starts()] == [name for name, _ in expected.starts()]
+    for (name, own), (_, value) in zip(actual.starts(), expected.starts(), strict=True):
+        assert torch.equal(own, value), name
 
 
 @pytest.mark.parametrize(("saved_by", "read_by"), [(1, 1), (3, 3), (1, 2), (2, 1), (2, 3), (3, 2), (5, 2), (2, 5)])
@@ -97,7 +104,8 @@ def test_state_comes_back_on_any_number_of_ranks(
         expected_masters, expected_moments = divided(stored, rank, read_by)
         masters = Masters(stored, dtype=torch.float32, rank=rank, world_size=read_by)
         first, last = masters.slice_bounds("never")
-        masters.store("never", torch.zeros(last - first))  # trained since, in a run that goes back
+        masters.put_aside("never")  # trained since, in a run that goes back
+        masters.store("never", torch.zeros(last - first))
         moments, rotation = load_state(tmp_path / "checkpoint-1", masters)
         assert rotation == ROTATION
         assert_same_masters(masters, expected_masters)

@@ -129,8 +129,6 @@ class ActiveSet:
         room = largest_visit // masters.world_size + 2 * SLICE_UNIT * len(parameters)
         self._prefetch = Prefetch(masters, device, room=room)
         self._touched: set[str] = set()
-        # What `flush` has overwritten of active parameters; None where that was the checkpoint's own value.
-        self._starts: dict[str, Tensor | None] = {}
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Begin to bring masters of parameters that will be active next; see prefetch.py."""
@@ -155,6 +153,7 @@ class ActiveSet:
             for name in names:
                 active = self.slices.pop(name)
                 changes[name] = self._change(active)
+                self.masters.drop_start(name)
                 self.masters.store(name, active.values)
                 self._park(active.owner)
         return changes
@@ -169,9 +168,7 @@ class ActiveSet:
     def flush(self) -> None:
         """Write the masters of the active parameters to the host and go on training them."""
         for name, active in self.slices.items():
-            if name not in self._starts:
-                trained = self.masters.is_trained(name)
-                self._starts[name] = self.masters.current(name).clone() if trained else None
+            self.masters.put_aside(name)
             self.masters.store(name, active.values)
 
     def refresh(self) -> None:
@@ -193,10 +190,6 @@ class ActiveSet:
             with torch.no_grad():
                 for active in self.slices.values():
                     _gather(active.buffer)
-
-    def start_bytes(self) -> int:
-        """Host memory of what `flush` has put aside, so that `park` can tell what the visit changed."""
-        return sum(start.nbytes for start in self._starts.values() if start is not None)
 
     def device_bytes(self) -> int:
         """What this rank's device holds of the model: rows, parameters, gradients and master slices."""
@@ -241,10 +234,7 @@ class ActiveSet:
 
     def _change(self, active: ActiveSlice) -> float:
         name = active.owner.name
-        before = self.masters.current(name)
-        if name in self._starts:
-            start = self._starts.pop(name)
-            before = self.masters.original(name) if start is None else start
+        before = self.masters.start(name)
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for old, new in zip(before.split(CHANGE_ELEMENTS), active.values.split(CHANGE_ELEMENTS), strict=True):
             squares += (

@@ -7,7 +7,7 @@ Logged, beside the loss: `rotary/visit` (from 0), `rotary/active_blocks` (how ma
 index; backward stops there), `rotary/coverage` (share of the parameters that were active so far),
 `rotary/device_bytes_per_parameter` and `rotary/host_bytes_per_parameter` (of this rank: what it holds of the model
 between steps, optimizer states included, over the whole model's parameters), and for blocks parked since the last log,
-`rotary/update_norm/<block>`: the L2 norm of what the visit changed, or in a resumed run of its part since.
+`rotary/update_norm/<block>`: the L2 norm of what the visit changed.
 """
 
 from __future__ import annotations
@@ -53,12 +53,14 @@ class RotaryCallback(LogSource):
     def state_dict(self) -> dict[str, Any]:
         """Where the rotation stands, for JSON."""
         return {
-            "visit": self.visit, "steps_in_visit": self.steps_in_visit, "schedule": self.rotary.schedule.state_dict()
+            "visit": self.visit, "steps_in_visit": self.steps_in_visit, "schedule": self.rotary.schedule.state_dict(),
+            "update_norms": self._update_norms,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where `state_dict` was called; the next `on_train_begin` activates the blocks."""
         self.visit, self.steps_in_visit = state["visit"], state["steps_in_visit"]
+        self._update_norms = dict(state["update_norms"])
         self.rotary.schedule.load_state_dict(state["schedule"])
 
     def all_moments(self) -> dict[str, dict[str, Any]]:
@@ -84,6 +86,8 @@ class RotaryCallback(LogSource):
             model.disable_input_require_grads()
         if state.global_step == 0:
             self.visit = self.steps_in_visit = 0
+            for name in self.rotary.masters.stored:  # of a checkpoint that was gone back to after training
+                self.rotary.masters.drop_start(name)
         self._optimizer.step_number = state.global_step
         self.rotary.active.set_trainable(False)
         self._begin_visit()
@@ -131,7 +135,7 @@ class RotaryCallback(LogSource):
             "rotary/coverage": round(rotary.schedule.coverage(self.visit + 1), 4),
             "rotary/device_bytes_per_parameter": round((rotary.active.device_bytes() + optimizer_bytes) / numel, 4),
             "rotary/host_bytes_per_parameter": round(
-                (rotary.masters.private_bytes + rotary.active.start_bytes() + rotary.moments.num_bytes) / numel, 4
+                (rotary.masters.private_bytes + rotary.moments.num_bytes) / numel, 4
             ),
             **norms,
         }

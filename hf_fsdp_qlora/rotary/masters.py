@@ -64,6 +64,8 @@ class Masters:
         self.world_size = world_size
         self._maps: dict[Path, mmap.mmap] = {}
         self._private: dict[str, Tensor] = {}
+        # Values that were put aside; None where they are the checkpoint's own.
+        self._starts: dict[str, Tensor | None] = {}
 
     def slice_bounds(self, name: str) -> tuple[int, int]:
         """First and past-the-last element of the flattened parameter that this rank owns."""
@@ -100,6 +102,31 @@ class Masters:
             own = self._private[name] = torch.empty(last - first, dtype=self.dtype)
         own.copy_(values)
 
+    def put_aside(self, name: str) -> None:
+        """Keep the values as they are now, which `start` returns until they are dropped; of several times, the first
+        counts. Called before the middle of a visit is stored, so that its end still knows what the visit changed."""
+        if name not in self._starts:
+            self._starts[name] = self._private[name].clone() if name in self._private else None
+
+    def start(self, name: str) -> Tensor:
+        """(slice length,) what was put aside, or else `current`."""
+        if name not in self._starts:
+            return self.current(name)
+        start = self._starts[name]
+        return self.original(name) if start is None else start
+
+    def starts(self) -> Iterator[tuple[str, Tensor]]:
+        """What is put aside, in the order of the parameters, not copied."""
+        return ((name, self.start(name)) for name in self.stored if name in self._starts)
+
+    def set_start(self, name: str, values: Tensor) -> None:
+        """Put aside `values`, (slice length,) of any dtype; not copied."""
+        self._starts[name] = values
+
+    def drop_start(self, name: str) -> None:
+        """Forget what was put aside, if anything was."""
+        self._starts.pop(name, None)
+
     def trained(self) -> Iterator[tuple[str, Tensor]]:
         """The private copies, which differ from the checkpoint, in the order of the parameters."""
         return ((name, self._private[name]) for name in self.stored if name in self._private)
@@ -109,13 +136,15 @@ class Masters:
         return name in self._private
 
     def forget(self) -> None:
-        """Drop every private copy: the masters are the checkpoint's values again."""
+        """Drop every private copy: the masters are the checkpoint's values again. And what was put aside."""
         self._private.clear()
+        self._starts.clear()
 
     @property
     def private_bytes(self) -> int:
-        """Host memory of the private copies of this rank."""
-        return sum(tensor.nbytes for tensor in self._private.values())
+        """Host memory of the private copies of this rank, and of what it put aside."""
+        aside = (start for start in self._starts.values() if start is not None)
+        return sum(tensor.nbytes for tensor in (*self._private.values(), *aside))
 
     def original(self, name: str) -> Tensor:
         """(slice length,) this rank's slice as the checkpoint has it, in its dtype: a map of the file."""

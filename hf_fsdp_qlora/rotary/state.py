@@ -4,10 +4,11 @@
     checkpoint-100/rotary/rank-00001-of-00002.safetensors
     checkpoint-100/rotary/state.json                        the rotation, and which files belong to it
 
-Each rank writes its own slices, streamed, so saving needs neither communication nor memory. Parameters that were never
-trained are not in it: their masters are the model's own checkpoint, which must still be there. Every file is complete
-under its name or absent (written beside, fsync, rename), and `state.json` is removed first and written last: a folder
-that has it has all of it.
+Each rank writes its own slices, streamed, so saving needs neither communication nor memory. With them goes what
+active blocks were before their visit: the norm of what it changes is measured against that. Parameters that were
+never trained are not in it: their masters are the model's own checkpoint, which must still be there. Every file is
+complete under its name or absent (written beside, fsync, rename), and `state.json` is removed first and written last:
+a folder that has it has all of it.
 
 On the same number of ranks everything comes back as it was, bit for bit. On another number masters and 32-bit moments
 are divided anew, exactly; so are the states of 8-bit optimizers, whose blocks no slice cuts. Kept moments that were
@@ -39,7 +40,7 @@ from hf_fsdp_qlora.safetensors_stream import SafetensorsWriter, TensorInfo
 logger = logging.getLogger(__name__)
 
 _FOLDER, _STATE = "rotary", "state.json"
-_MASTER, _MOMENT = "master", "moment"
+_MASTER, _START, _MOMENT = "master", "start", "moment"
 _VALUES = "values"
 """Metadata key of what is no tensor in the optimizer states, as JSON."""
 
@@ -111,6 +112,7 @@ def _flatten(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """Tensors by their names in the file, wide items first so that all are aligned, and the rest by parameter."""
     tensors = {f"{_MASTER}/{name}": tensor for name, tensor in masters.trained()}
+    tensors |= {f"{_START}/{name}": tensor for name, tensor in masters.starts()}
     values: dict[str, dict[str, Any]] = {}
     for name, state in moments.items():
         values[name] = {}
@@ -181,6 +183,8 @@ def _read_own(folder: Path, masters: Masters) -> dict[str, OptimizerState]:
             kind, name = key.split("/", 2)[:2]
             if kind == _MASTER:
                 masters.store(name, file.get_tensor(key))
+            elif kind == _START:
+                masters.set_start(name, file.get_tensor(key))
         return {name: _read_moments(file, name) for name in json.loads(file.metadata()[_VALUES])}
 
 
@@ -192,7 +196,9 @@ def _read_divided(folder: Path, masters: Masters, old_ranks: int) -> dict[str, O
         keys = set(files[0].keys())
         for name in masters.stored:
             if f"{_MASTER}/{name}" in keys:
-                _read_divided_master(files, masters, name)
+                masters.store(name, _read_divided_values(files, masters, name, _MASTER))
+            if f"{_START}/{name}" in keys:
+                masters.set_start(name, _read_divided_values(files, masters, name, _START))
         for name in json.loads(files[0].metadata()[_VALUES]):
             state = _divide_moments(files, masters, name)
             if state:
@@ -200,7 +206,8 @@ def _read_divided(folder: Path, masters: Masters, old_ranks: int) -> dict[str, O
     return moments
 
 
-def _read_divided_master(files: list[Any], masters: Masters, name: str) -> None:
+def _read_divided_values(files: list[Any], masters: Masters, name: str, kind: str) -> Tensor:
+    """(slice length,) this rank's slice of what is in the files by that name."""
     numel = masters.stored[name].numel
     first, last = masters.slice_bounds(name)
     parts = []
@@ -208,8 +215,8 @@ def _read_divided_master(files: list[Any], masters: Masters, name: str) -> None:
         start, stop = slice_bounds(numel, rank, len(files))
         low, high = max(start, first), min(stop, last)
         if low < high:
-            parts.append(file.get_slice(f"{_MASTER}/{name}")[low - start : high - start])
-    masters.store(name, torch.cat(parts) if parts else torch.empty(0, dtype=masters.dtype))
+            parts.append(file.get_slice(f"{kind}/{name}")[low - start : high - start])
+    return torch.cat(parts) if parts else torch.empty(0, dtype=masters.dtype)
 
 
 def _divide_moments(files: list[Any], masters: Masters, name: str) -> OptimizerState:
