@@ -100,7 +100,8 @@ def unit_arguments(
 
     def how(module: nn.Module) -> bool | dict[str, Any]:
         if id(module) in own:
-            return {"mixed_precision": _mixed(precision, cast_forward_inputs=True)}
+            rows = {"cpu_offload": offloaded} if isinstance(module, QuantizedLinear) else {}
+            return {"mixed_precision": _mixed(precision, cast_forward_inputs=True), **rows}
         # Rotary embeddings are inputs of a layer, and some models pass them in float32.
         return {"cpu_offload": offloaded, "mixed_precision": _mixed(precision)} if id(module) in wrapped else False
 
@@ -230,7 +231,8 @@ class _ParameterInit:
 
 
 def _own_units(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """The modules that cannot share a flat parameter with the rest: trained ones, and ones of another dtype.
+    """The modules that cannot share a flat parameter with the rest: trained, of another dtype, or such that rows after
+    them would begin inside a float32 word (statistics are read as float32, which torch refuses then).
 
     None if all parameters are alike, as in a model without an adapter.
     """
@@ -243,7 +245,8 @@ def _own_units(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]
     units = []
     for module in model.modules():
         own = {(parameter.dtype, parameter.requires_grad) for parameter in module.parameters(recurse=False)}
-        if own and own != common:
+        uneven = any(p.numel() * p.itemsize % torch.float32.itemsize for p in module.parameters(recurse=False))
+        if own and (own != common or uneven):
             units.append(module)
     return units
 

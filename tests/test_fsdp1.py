@@ -119,12 +119,14 @@ def test_bf16_losses_equal_fsdp2_to_rounding(llama: Path, engine: str) -> None:
         assert all(torch.equal(result["weights"][name], weight) for name, weight in expected["weights"].items())
 
 
-def survive(path: str, names: list[str], broadcast_by_torch: bool) -> dict[str, dict[str, Tensor]]:
+def survive(
+    path: str, names: list[str], broadcast_by_torch: bool, use_orig_params: bool = True
+) -> dict[str, dict[str, Tensor]]:
     """Every format's weights after wrapping and a step."""
     found = {}
     for name in names:
         model: Any = load_model(path, quantization_config=CASES[name].make_config(), peft_config=LORA)
-        wrapped = wrap_as_on_gpu(model) if broadcast_by_torch else wrap(model, use_orig_params=True)
+        wrapped = wrap_as_on_gpu(model) if broadcast_by_torch else wrap(model, use_orig_params)
         wrapped.train()
         wrapped(**batch()).loss.backward()
         assert check_integrity(wrapped) > 0
@@ -162,6 +164,16 @@ def test_every_format_survives(tmp_path: Path, ranks: int, broadcast_by_torch: b
     for found in run_distributed(survive, str(llama), names, broadcast_by_torch, world_size=ranks, env=FSDP1):
         for name in names:
             assert found[name].keys() == expected[name].keys()
+            assert all(torch.equal(found[name][key], weight) for key, weight in expected[name].items()), name
+
+
+@pytest.mark.parametrize("use_orig_params", WAYS.values(), ids=WAYS)
+def test_rows_behind_an_odd_number_of_16_bit_values_are_read(tmp_path: Path, use_orig_params: bool) -> None:
+    odd = str(save_tiny_model(tmp_path, "llama", mlp_bias=True, intermediate_size=225))
+    names = ["nf4", "nf4 nested"]
+    [expected] = run_distributed(weights_of, odd, names, world_size=1, process_group=False, env=CPU)
+    for found in run_distributed(survive, odd, names, False, use_orig_params, env=FSDP1):
+        for name in names:
             assert all(torch.equal(found[name][key], weight) for key, weight in expected[name].items()), name
 
 
