@@ -40,7 +40,8 @@ def host_bytes(shape: ModelShape, settings: MemorySettings, static: dict[str, in
 
     Returns:
         processes; embedding (with embedding_on_host, of all ranks); loading (staging, and under FSDP1 the model);
-        offloaded; pinned (the same, rounded); masters (rotary: the durable weights of all parameters).
+        offloaded; pinned (the same, rounded; rotary: the next visit's masters); masters (rotary: the durable weights
+        of all parameters, and from before the visit of those that are active).
     """
     kinds = offloaded_kinds(settings)
     frozen = sum(static[name] for name in kinds if name in ("weights", "statistics", "other_weights"))
@@ -53,7 +54,11 @@ def host_bytes(shape: ModelShape, settings: MemorySettings, static: dict[str, in
     if settings.engine == "fsdp1":
         whole = sum(static[name] for name in ("weights", "statistics", "other_weights", "adapters"))
         loading += whole * settings.shards
-    masters = shape.total_numel * DTYPE_BYTES[settings.master_dtype] if settings.method == "rotary" else 0
+    masters = 0
+    if settings.method == "rotary":
+        active = trainable_parameters(shape, settings) * DTYPE_BYTES[settings.master_dtype]
+        masters = shape.total_numel * DTYPE_BYTES[settings.master_dtype] + active
+        pinned = _power_of_two(active // settings.world_size) if settings.active_fraction != 1 else 0
     return {
         "processes": settings.gpus * PROCESS_HOST_BYTES,
         "embedding": settings.gpus * whole_numel(shape, settings)[1] * DTYPE_BYTES[settings.dtype],
@@ -65,14 +70,19 @@ def host_bytes(shape: ModelShape, settings: MemorySettings, static: dict[str, in
 
 
 def disk_bytes(shape: ModelShape, settings: MemorySettings) -> dict[str, int]:
-    """The checkpoint of the base, and one training checkpoint with Adam's state."""
+    """The checkpoint of the base, and one training checkpoint with Adam's state; in rotary training, of a run that has
+    been everywhere, with the states of active blocks alone."""
     base = shape.total_numel * 2
     rows = row_format(settings)
     if settings.prequantized and rows is not None:
         linears = [layer.numel for layer in shape.linears]
         quantized = shape.num_layers * sum(linears)
         base = (shape.total_numel - quantized) * 2 + shape.num_layers * sum(map(rows.num_bytes, linears))
-    return {"base_checkpoint": base, "training_checkpoint": trainable_parameters(shape, settings) * 12}
+    checkpoint = trainable_parameters(shape, settings) * 12
+    if settings.method == "rotary":  # what is active also as it was before the visit
+        master = DTYPE_BYTES[settings.master_dtype]
+        checkpoint = shape.total_numel * master + trainable_parameters(shape, settings) * (8 + master)
+    return {"base_checkpoint": base, "training_checkpoint": checkpoint}
 
 
 def in_slabs(num_bytes: int) -> int:

@@ -138,7 +138,12 @@ def test_rotary_costs_what_its_parts_cost() -> None:
     split = estimate_memory(shape, **common | dict(engine="ddp", gpus=4))
     assert split.gpu["adapters"] == pytest.approx((0.2 + 0.4 / 4) * total, rel=1e-4)
     assert split.gpu["optimizer"] == pytest.approx(0.8 / 4 * total, rel=1e-4)
-    assert split.host["masters"] == 4 * total
+    # On the host: masters, those of the tenth from before its visit, and the next visit's in pinned memory.
+    active = int(0.1 * total)
+    assert split.host["masters"] == 4 * (total + active)
+    assert split.host["pinned"] == 4 * GIB and 0.5 * GIB < 4 * active / 4 < GIB
+    assert estimate_memory(shape, **common | dict(active_fraction=1.0)).host["pinned"] == 0
+    assert split.disk["training_checkpoint"] == 4 * total + active * (4 + 8)
 
 
 def test_new_layers_are_trained_whole_over_a_quantised_base() -> None:
