@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python3 benchmarks/communication.py --shape llama-8b --layers 8 --trace trace.json.gz
 
-Two ranks train LoRA r=16 on a random NF4 model through the stock SFTTrainer, in three variants:
+Two ranks train LoRA r=16 on a random NF4 model (all layers alike) through the stock SFTTrainer, in three variants:
 
   shipped      as `load_model` makes it
   prefetch     rows are asked for one decoder layer ahead (FSDP2's public `set_modules_to_..._prefetch`)
@@ -36,8 +36,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
-from large_shapes import SHAPES, write_model
+from large_shapes import SHAPES
 from launch import FSDP2_ENV, describe_machine, run_ranks
+from random_folders import write_folders
 from torch import Tensor, nn
 from trace_overlap import overlap, read_trace
 from transformers import TrainerCallback
@@ -59,17 +60,17 @@ LOSS_LIMIT = 5e-3
 def main() -> int:
     """Measure every variant. Returns the exit status."""
     args = parse_arguments()
-    SHAPES["chosen"] = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         started = time.perf_counter()
-        write_model(folder, "chosen", args.vocab_size)
+        model_path = write_folders(folder, shape, [args.vocab_size])[args.vocab_size]
         print(f"{describe_machine()}\nmodel written in {time.perf_counter() - started:.0f} s", flush=True)
-        results = run_ranks(measure, str(folder / "nf4"), vars(args), world_size=2, env=FSDP2_ENV)[0]
+        results = run_ranks(measure, str(model_path), vars(args), world_size=2, env=FSDP2_ENV)[0]
     finally:
         shutil.rmtree(folder)
     print(
-        f"\n{args.shape}, {SHAPES['chosen']['num_hidden_layers']} layers, vocabulary {args.vocab_size}, sequence "
+        f"\n{args.shape}, {shape['num_hidden_layers']} layers, vocabulary {args.vocab_size}, sequence "
         f"{args.seq_len}, batch {args.batch_size} per rank, LoRA r=16; MiB gathered per step and rank\n"
         "| variant | packed rows | expected | adapters | expected | other | expected | ratio | all-gathers | "
         "reduce-scattered | all-reduced | s per step | peak GiB | all-gathers |\n" + "| --- " * 14 + "|"

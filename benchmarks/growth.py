@@ -3,11 +3,11 @@
     PYTHONPATH=. python3 benchmarks/growth.py --shapes 1b 3b 8b --ranks 1 2 --results growth.jsonl --folder /dev/shm
     PYTHONPATH=. python3 benchmarks/growth.py --shapes --results growth.jsonl --plot docs/growth.svg
 
-For every shape a random NF4 folder is written once; then each number of ranks, in fresh processes, loads it and takes
-a few steps of LoRA r=16 through the stock SFTTrainer, FSDP2 from two ranks on. Rows are printed and appended to the
-results as they come. Rows that the file has for this device and these settings are not measured again, so a second
-call goes on; without shapes, only the table and the plot are made. Ranks that outnumber the GPUs share one and talk
-through sockets: their steps are slower than those of two GPUs, and the table says how many GPUs there were.
+For every shape a random NF4 folder (all layers alike) is written once; then each number of ranks, in fresh processes,
+loads it and takes a few steps of LoRA r=16 through the stock SFTTrainer, FSDP2 from two ranks on. Rows are printed and
+appended to the results as they come. Rows that the file has for this device and these settings are not measured again,
+so a second call goes on; without shapes, only the table and the plot are made. Ranks that outnumber the GPUs share one
+and talk through sockets: their steps are slower than those of two GPUs, and the table says how many GPUs there were.
 
 Beside a GPU all processes start at once, do their imports, and wait for their turn. Host memory is private and shared
 memory that a rank allocates while it loads, above what it had before (the CUDA context and NCCL included there).
@@ -30,9 +30,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from growth_results import HEADER, SETTINGS, line, plot, read
-from large_shapes import SHAPES, write_model
+from large_shapes import SHAPES
 from launch import FSDP2_ENV, describe_machine, run_ranks
 from peak_memory import PeakMemory
+from random_folders import write_folders
 from torch.multiprocessing.spawn import ProcessException
 from transformers import TrainerCallback
 
@@ -50,9 +51,9 @@ GROWTH_SHAPES = {
 }  # fmt: skip
 """1B, 3B, 8B and 70B as Llama 3 has them, 32B as Qwen 2.5 has it; untied heads."""
 
-SHAPES.update(GROWTH_SHAPES)
 GIB = 2**30
 STEPS = 3  # the first warms up
+STOP = "stop"
 
 # For the estimate that is printed: seconds of one H100 per 1e9 parameters, from earlier runs at sequence 512.
 WRITE_S, LOAD_S, STEP_S, SHARED_GPU_STEP_S = 0.4, 0.3, 0.06, 0.3
@@ -99,7 +100,7 @@ def run_jobs(jobs: list[tuple[str, int]], settings: dict[str, Any], results: Pat
         for job in jobs:
             turns[job] = work / f"turn-{job[0]}-{job[1]}"
             futures[job] = pool.submit(
-                run_ranks, measure, str(turns[job]), str(work / job[0] / "nf4"), settings, world_size=job[1],
+                run_ranks, measure, str(turns[job]), settings, world_size=job[1],
                 env=FSDP2_ENV if job[1] > 1 else None, process_group=job[1] > 1,
             )  # fmt: skip
         try:
@@ -107,7 +108,7 @@ def run_jobs(jobs: list[tuple[str, int]], settings: dict[str, Any], results: Pat
                 parameters = count_parameters(shape, settings["vocab_size"])
                 print(f"{shape}: writing {parameters / 1e9:.1f}e9 parameters, about {start_s(parameters):.0f} s")
                 (work / shape).mkdir()
-                write_model(work / shape, shape, settings["vocab_size"])
+                folders = write_folders(work / shape, GROWTH_SHAPES[shape], [settings["vocab_size"]])
                 gc.collect()
                 if cuda:
                     torch.cuda.empty_cache()
@@ -116,13 +117,13 @@ def run_jobs(jobs: list[tuple[str, int]], settings: dict[str, Any], results: Pat
                         f"{shape}, {job[1]} rank(s): about {expected_s(parameters, job[1], settings):.0f} s",
                         flush=True,
                     )
-                    turns[job].write_text("go")
+                    turns[job].write_text(str(folders[settings["vocab_size"]]))
                     settle(job, futures[job], parameters, settings, results)
                 shutil.rmtree(work / shape)
         finally:  # whoever still waits for a turn gets none
             for turn in turns.values():
                 if not turn.exists():
-                    turn.write_text("stop")
+                    turn.write_text(STOP)
 
 
 def settle(
@@ -147,7 +148,7 @@ def settle(
     print(f"{line(row)} {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def measure(turn: str, model_path: str, settings: dict[str, Any]) -> dict[str, Any]:
+def measure(turn: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One rank: wait for the turn, load, train. Seconds and GiB."""
     from peft import LoraConfig
 
@@ -155,7 +156,7 @@ def measure(turn: str, model_path: str, settings: dict[str, Any]) -> dict[str, A
     from tests.tiny_tokenizer import make_tokenizer
 
     tokenizer = make_tokenizer()
-    wait_for(Path(turn))
+    model_path = wait_for(Path(turn))
     cuda = torch.cuda.is_available()
     first = torch.zeros(1, device="cuda" if cuda else "cpu")
     if dist.is_initialized():
@@ -219,16 +220,17 @@ def train(model: Any, clock: Clock, settings: dict[str, Any], tokenizer: Any, ou
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def wait_for(turn: Path) -> None:
-    """Until the file says "go".
+def wait_for(turn: Path) -> str:
+    """The model's folder, once the file names it.
 
     Raises:
-        RuntimeError: it says something else: the benchmark ends.
+        RuntimeError: it says that the benchmark ends.
     """
     while not (turn.exists() and turn.read_text()):
         time.sleep(0.05)
-    if turn.read_text() != "go":
+    if turn.read_text() == STOP:
         raise RuntimeError("an earlier run ended the benchmark")
+    return turn.read_text()
 
 
 def count_parameters(shape: str, vocab_size: int) -> int:
@@ -237,7 +239,7 @@ def count_parameters(shape: str, vocab_size: int) -> int:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=vocab_size, **SHAPES[shape]))
+        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=vocab_size, **GROWTH_SHAPES[shape]))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
