@@ -5,7 +5,8 @@ was made; every patch here closes one place where that assumption shows. `attach
 
 - `model.py` changes the one model: what its state dict holds, how it is saved, its class names, `generate`.
 - `patches.py` replaces a few functions of accelerate and transformers. Each replacement looks for the `Attachment`
-  that `attach` left on the model and calls the original when there is none, so other models see stock code.
+  that `attach` left on the model and calls the original when there is none, so other models see stock code. It
+  lists them all; how adapters are saved and resumed is in `saving.py`, whole models in `full_training.py`.
 - `checkpoints.py` is what those replacements do with checkpoints: a checkpoint is a PEFT directory plus the
   optimizer, whatever `fsdp_state_dict_type` says, and each engine can resume what another one saved.
 
