@@ -18,7 +18,7 @@ from tests.distributed import run_distributed
 from tests.loading_story import CPU, FSDP2, LORA, batch, nf4
 from tests.test_hsdp import hsdp
 from tests.tiny_models import save_tiny_model
-from tests.trainer_story import adapter, assert_equal, launch, make_trainer, report, train
+from tests.trainer_story import adapter, assert_equal, launch, launch_env, make_trainer, report, train
 
 WHOLE: dict[str, Any] = dict(replicate_head=True, embedding_on_host=True)
 OUTSIDE = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
@@ -190,3 +190,37 @@ def test_tied_embeddings_and_other_engines_are_refused(model_path: str, tmp_path
         load_plain, model_path, {"replicate_head": True}, world_size=1, env=CPU, process_group=False
     )  # one process has it whole
     assert loss > 0
+
+
+def train_on_gpu(path: str, output_dir: str, options: dict[str, Any]) -> dict[str, Any]:
+    trainer = make_trainer(path, output_dir, dtype=torch.bfloat16, use_cpu=False, bf16=True, load=options)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    model: Any = trainer.model
+    base = model.get_base_model()
+    ids = batch()["input_ids"][:, :4].to("cuda")
+    return {
+        "eval": (before, trainer.evaluate()["eval_loss"]),
+        "losses": report(trainer)["losses"],
+        "devices": [weight.device.type for weight in (base.model.embed_tokens.weight, base.lm_head.weight)],
+        "computes_on": base.device.type,
+        "generated": model.generate(input_ids=ids, max_new_tokens=4, do_sample=False).tolist(),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("offload", ["none", "base"])
+def test_training_on_a_gpu(offload: str, model_path: str, tmp_path: Path) -> None:
+    """One NCCL rank: the embedding on the host and the head on the GPU, and the same numbers as with shards."""
+    env = {**launch_env("fsdp2", wrap="NO_WRAP"), "ACCELERATE_MIXED_PRECISION": "bf16"}
+    whole, sharded = (
+        run_distributed(
+            train_on_gpu, model_path, str(tmp_path / str(len(options))), {**options, "offload": offload},
+            world_size=1, process_group=False, env=env,
+        )[0]
+        for options in (WHOLE, {})
+    )  # fmt: skip
+    assert whole["devices"] == ["cpu", "cuda"] and whole["computes_on"] == "cuda"
+    for key in ("eval", "losses", "generated"):
+        assert whole[key] == sharded[key], key
