@@ -113,11 +113,14 @@ class _Loss(torch.autograd.Function):
         return torch.empty(ctx.like[0], dtype=ctx.like[1])
 
 
-def replayed_peak(config, *, batch_size: int, seq_len: int, lora: LoraConfig, checkpointing: bool) -> int:
+def replayed_peak(
+    config, *, batch_size: int, seq_len: int, lora: LoraConfig, checkpointing: bool, quantized: bool
+) -> int:
     """Peak bytes of activations in backward, the gradients of adapters included, the head left out."""
     model = meta_model(config)
     backend = backend_for_config(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True), torch.bfloat16)
-    replace_linears(model, backend, skip_modules=None, storage_dtype=torch.uint8)
+    if quantized:
+        replace_linears(model, backend, skip_modules=None, storage_dtype=torch.uint8)
     adapted: Any = add_adapter(model, lora)
     if checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
@@ -156,18 +159,25 @@ RUNS: dict[str, dict[str, Any]] = {
     "attention_only_long": dict(targets=["q_proj", "v_proj"], seq_len=8192),
     "rank_64": dict(rank=64),
     "70b": dict(shape=LLAMA_70B),
+    "16_bit": dict(quantized=False),
+    "16_bit_batch": dict(quantized=False, batch_size=16),
+    "16_bit_stored": dict(quantized=False, checkpointing=False),
 }
 
 
-def compare(config, *, batch_size=1, seq_len=2048, targets="all-linear", rank=16, checkpointing=True) -> float:
+def compare(
+    config, *, batch_size=1, seq_len=2048, targets="all-linear", rank=16, checkpointing=True, quantized=True
+) -> float:
     """Predicted over replayed bytes."""
     lora = LoraConfig(r=rank, target_modules=targets)
-    peak = replayed_peak(config, batch_size=batch_size, seq_len=seq_len, lora=lora, checkpointing=checkpointing)
+    peak = replayed_peak(
+        config, batch_size=batch_size, seq_len=seq_len, lora=lora, checkpointing=checkpointing, quantized=quantized
+    )
     shape = model_shape(config)
     step = StepSettings(
         batch_size=batch_size, seq_len=seq_len, compute_bytes=2, lora=frozenset(shape.targeted(targets)),
-        lora_r=rank, dropout=False, fused_lora=True, checkpointing=checkpointing, padded=True, quantized=True,
-        block_size=64, trains_head=False, head_is_cast=False, trains_base=False,
+        lora_r=rank, dropout=False, fused_lora=quantized, checkpointing=checkpointing, padded=True,
+        quantized=quantized, block_size=64, trains_head=False, head_is_cast=False, trains_base=False,
     )  # fmt: skip
     moments = activations(shape, step)
     return max(moments[LAYER_MOMENT].total_bytes, moments[NORM_MOMENT].total_bytes) / peak
