@@ -40,7 +40,7 @@ LAYERS = (1, 2, 3)
 SEEDS = (0, 1, 2)
 EMBEDDING_ON = ("embedding", "norm")
 ROTARY_RATES = (5e-4, 1e-3, 2e-3)
-OTHER_RATES = {"full": (1e-4, 3e-4, 1e-3), "lora 8": (1e-3, 2e-3, 4e-3), "lora 64": (5e-4, 1e-3, 2e-3)}
+OTHER_RATES = {"full": (1e-4, 2e-4, 3e-4, 5e-4, 1e-3), "lora 8": (1e-3, 2e-3, 4e-3), "lora 64": (5e-4, 1e-3, 2e-3)}
 MAX_EXTENSIONS = 3
 
 Study = Generator[list[Job], list[Row], list[Row]]
