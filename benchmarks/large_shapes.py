@@ -135,14 +135,14 @@ def run_model(args: argparse.Namespace, vocab_size: int, path: Path) -> list[str
 def planned_bytes(
     args: argparse.Namespace, path: Path, seq_len: int, options: dict[str, bool], distributed: bool
 ) -> int:
-    """The planner's peak; without `activation_offloading`, which it does not know."""
+    """The planner's peak."""
     from hf_fsdp_qlora.memory import estimate_memory
     from hf_fsdp_qlora.model_shape import model_shape
 
     settings: dict[str, Any] = dict(
         engine="fsdp2" if distributed else "none", gpus=args.ranks, offload=args.offload, seq_len=seq_len,
         batch_size=args.batch_size, lora_r=args.lora_r, adapter_dtype=args.adapter_dtype, optimizer=args.optim,
-        prequantized=True, **options,
+        prequantized=True, activation_offloading=args.activation_offloading, **options,
     )  # fmt: skip
     return estimate_memory(model_shape(path), **settings).peak_bytes
 

@@ -24,6 +24,9 @@ A quantised weight is read again in backward from its packed rows and a frozen o
 **Kept once**: cTH per decoder layer with checkpointing (its input), cTH and 4TH (output and float32 input of the final
 norm), 2cT head_dim (rotary tables), TS bytes of boolean mask with padding.
 
+With TRL's `activation_offloading` the inputs of decoder layers go to pinned host memory: six of them are on the device
+at a time, the one in work and five that are being copied (read in trl 1.16, not measured).
+
 **Passing**, in the order of a step; what an engine gathers at each of these moments is in memory_gathered.py, and the
 highest sum is the step's peak.
 
@@ -73,6 +76,8 @@ HEAD_MOMENT = "backward of the head"
 NORM_MOMENT = "backward of the final norm"
 LAYER_MOMENT = "backward of the last decoder layer"
 FIRST_LAYER_MOMENT = "backward of the first decoder layer"
+OFFLOAD_STASH = 5
+"""Tensors that TRL's `activation_offloading` keeps on the device while they are copied (its `max_fwd_stash_size`)."""
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 """Tile of TRL's fused head (TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE)."""
 
@@ -95,6 +100,7 @@ class StepSettings:
     trains_head: bool
     head_is_cast: bool
     trains_base: bool
+    offloaded: bool = False
 
     @property
     def tokens(self) -> int:
@@ -122,7 +128,8 @@ def activations(shape: ModelShape, step: StepSettings) -> dict[str, Activations]
     layer, passing = layer_bytes(shape, step), _passing_bytes(shape, step)
     always = 2 * c * tokens * shape.head_dim + (tokens * step.seq_len if step.padded else 0)
     per_layer = c * tokens * hidden if step.checkpointing else layer
-    kept = always + (shape.num_layers if step.checkpointing else shape.num_layers - 1) * per_layer
+    layers = min(shape.num_layers, OFFLOAD_STASH + 1) if step.offloaded else shape.num_layers
+    kept = always + (layers if step.checkpointing else shape.num_layers - 1) * per_layer
     forward_end = 0 if step.checkpointing else layer
     final_norm = (4 + c) * tokens * hidden
     moments = (

@@ -89,7 +89,7 @@ class MemoryEstimate:
     @property
     def host_needed_bytes(self) -> int:
         """What a node must have; offloaded tensors are pinned, so their rounded sizes count."""
-        always = self.host["processes"] + self.host["masters"] + self.host["embedding"]
+        always = sum(self.host[name] for name in ("processes", "masters", "embedding", "activations"))
         return always + max(self.host["pinned"], self.host["loading"])
 
     def fits(self, gpu_memory_bytes: float, host_memory_bytes: float | None = None) -> bool:
@@ -126,6 +126,7 @@ def estimate_memory(
         optimizer: transformers' name for it.
         batch_size, seq_len, gradient_accumulation_steps: per GPU.
         gradient_checkpointing: recompute each decoder layer in backward.
+        activation_offloading: as in TRL's SFTConfig, with gradient_checkpointing.
         padded: batches have padding, so attention gets a mask.
         active_fraction, rotary_frozen, master_dtype: as in RotaryConfig: the share of the parameters that is active
             (one decoder layer by default), the format of parked linear layers, and the dtype of masters.
@@ -155,7 +156,7 @@ def estimate_memory(
         }
     sums = {name: sum(kinds.values()) for name, kinds in moments.items()}
     highest, peak = max(sums.items(), key=lambda item: item[1])
-    other = activations(shape, replace(step, checkpointing=not step.checkpointing)).values()
+    other = activations(shape, replace(step, checkpointing=not step.checkpointing, offloaded=False)).values()
     overhead = CONTEXT_BYTES + (NCCL_BYTES if settings.world_size > 1 else 0) + int(FRAGMENTATION * peak)
     return MemoryEstimate(
         settings=settings, gpu=moments[highest], host=host_bytes(shape, settings, static),
@@ -243,6 +244,7 @@ def _step(shape: ModelShape, settings: MemorySettings) -> StepSettings:
         dropout=settings.lora_dropout > 0,
         fused_lora=settings.lora_dropout == 0 and settings.engine != "fsdp1" and rows is not None,
         checkpointing=settings.gradient_checkpointing,
+        offloaded=settings.activation_offloading,
         padded=settings.padded,
         quantized=rows is not None and rows.code_bytes < rows.row_size * DTYPE_BYTES[settings.dtype],  # else a view
         block_size=settings.row_block,

@@ -39,7 +39,8 @@ def host_bytes(shape: ModelShape, settings: MemorySettings, static: dict[str, in
         static: one rank's part of everything, wherever it lives.
 
     Returns:
-        processes; embedding (with embedding_on_host, of all ranks); loading (staging, and under FSDP1 the model);
+        processes; activations (with activation_offloading) and embedding (with embedding_on_host) of all ranks;
+        loading (staging, and under FSDP1 the model);
         offloaded; pinned (the same, rounded; rotary: the next visit's masters); masters (rotary: the durable weights
         of all parameters, and from before the visit of those that are active).
     """
@@ -61,6 +62,7 @@ def host_bytes(shape: ModelShape, settings: MemorySettings, static: dict[str, in
         pinned = _power_of_two(active // settings.world_size) if settings.active_fraction != 1 else 0
     return {
         "processes": settings.gpus * PROCESS_HOST_BYTES,
+        "activations": settings.gpus * _offloaded_activations(shape, settings),
         "embedding": settings.gpus * whole_numel(shape, settings)[1] * DTYPE_BYTES[settings.dtype],
         "loading": loading,
         "offloaded": settings.gpus * sum(static[name] for name in kinds),
@@ -95,6 +97,13 @@ def _tensor_by_tensor(shape: ModelShape, settings: MemorySettings, static: dict[
     layer = -(-(static["weights"] + static["statistics"]) // shape.num_layers)
     outside = static["other_weights"] if settings.offload == "all" else 0
     return shape.num_layers * _power_of_two(layer) + _power_of_two(outside)
+
+
+def _offloaded_activations(shape: ModelShape, settings: MemorySettings) -> int:
+    """The inputs of all decoder layers, pinned one by one."""
+    tokens = settings.batch_size * settings.seq_len
+    one = tokens * shape.hidden_size * DTYPE_BYTES[settings.dtype]
+    return shape.num_layers * _power_of_two(one) if settings.activation_offloading else 0
 
 
 def _power_of_two(size: int) -> int:

@@ -53,6 +53,7 @@ class MemorySettings:
     seq_len: int = 2048
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
+    activation_offloading: bool = False
     padded: bool = False
     new_layers: int = 0
     active_fraction: float | None = None
@@ -78,6 +79,10 @@ class MemorySettings:
             problems.append(f"engine='none' is one GPU, got {self.gpus * self.nodes}; use fsdp2 or ddp.")
         if self.offload != "none" and not self.engine.startswith("fsdp"):
             problems.append(f"offload={self.offload!r} needs FSDP, got engine={self.engine!r}.")
+        if self.activation_offloading and not self.gradient_checkpointing:
+            problems.append(
+                "activation_offloading without gradient_checkpointing is unknown to the planner; set both."
+            )
         if self.replicas > 1 and (self.engine != "fsdp2" or self.world_size % self.replicas):
             problems.append(f"replicas={self.replicas} needs FSDP2 and a number of GPUs that it divides.")
         whole = [name for name in ("replicate_head", "embedding_on_host") if getattr(self, name)]

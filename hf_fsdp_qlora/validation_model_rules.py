@@ -109,6 +109,7 @@ def memory_settings(run: Run) -> MemorySettings:
         seq_len=int(run.get("max_length") or _shape(run).max_positions or 1024),
         gradient_accumulation_steps=int(run.get("gradient_accumulation_steps")),
         gradient_checkpointing=bool(run.get("gradient_checkpointing")),
+        activation_offloading=bool(run.get("activation_offloading") and run.get("gradient_checkpointing")),
         padded=batch_size > 1 and not run.get("packing"),
     )  # fmt: skip
     if values["target_modules"] == ("all-linear",):

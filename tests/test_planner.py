@@ -352,3 +352,16 @@ def test_planner_proposes_a_whole_head_before_offload() -> None:
         estimate_memory(tied, gpus=2, **WHOLE)
     with pytest.raises(ConfigError, match="would not be sharded"):
         estimate_memory(shape, gpus=2, modules_to_save=("lm_head",), **WHOLE)
+
+
+def test_offloaded_activations_are_on_the_host() -> None:
+    """All but six of the layers' inputs, 32 MiB each; 70B with 128,256 words and 2,048 tokens fits 24 GiB so."""
+    shape = model_shape(LlamaConfig(**LLAMA_70B))
+    run: dict[str, Any] = dict(gpus=2, seq_len=2048, **WHOLE)
+    kept, offloaded = estimate_memory(shape, **run), estimate_memory(shape, **run, activation_offloading=True)
+    one = 2048 * shape.hidden_size * 2
+    assert kept.moments[LAYER_MOMENT] - offloaded.moments[LAYER_MOMENT] == (shape.num_layers - 6) * one
+    assert offloaded.host_needed_bytes - kept.host_needed_bytes == 2 * shape.num_layers * one
+    assert offloaded.fits(24 * GIB) and not kept.fits(24 * GIB)
+    with pytest.raises(ConfigError, match="without gradient_checkpointing"):
+        MemorySettings(activation_offloading=True, gradient_checkpointing=False)

@@ -47,6 +47,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false",
                         help="keep every layer's activations")  # fmt: skip
+    parser.add_argument("--activation-offloading", action="store_true", help="layers' inputs in host memory (TRL)")
     parser.add_argument("--padded", action="store_true", help="batches have padding")
     parser.add_argument("--lora-r", type=int, default=defaults.lora_r, help="rank")
     parser.add_argument("--lora-dropout", type=float, default=0.0, help="dropout before LoRA A")
