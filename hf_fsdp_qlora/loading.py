@@ -15,22 +15,20 @@ from __future__ import annotations
 import logging
 import os
 import time
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_fsdp_qlora.adapter_source import AdapterSource
 from hf_fsdp_qlora.allocation import materialize
-from hf_fsdp_qlora.base_record import other_base, remember_base
+from hf_fsdp_qlora.base_record import remember_base
 from hf_fsdp_qlora.checkpoint import find_checkpoint, index_checkpoint
 from hf_fsdp_qlora.distributed import on_any_rank, patient_ranks, rank, same_outcome
-from hf_fsdp_qlora.dora import initialize_magnitudes
 from hf_fsdp_qlora.engine import (
     Engine,
     Offload,
@@ -45,8 +43,6 @@ from hf_fsdp_qlora.fsdp1 import check_fsdp1, share_rows
 from hf_fsdp_qlora.integrity import check_integrity, check_replicas
 from hf_fsdp_qlora.layer_options import set_layer_options
 from hf_fsdp_qlora.load_checks import check_settings, check_wrapped_classes
-from hf_fsdp_qlora.lora import ADAPTER_NAME, add_adapter, initialize_adapters, load_adapter_weights
-from hf_fsdp_qlora.lora_config import check_peft_config, read_adapter_config
 from hf_fsdp_qlora.matching import match_checkpoint
 from hf_fsdp_qlora.outside import WholeParameters, keep_whole
 from hf_fsdp_qlora.precision import Precision, resolve_precision
@@ -147,9 +143,10 @@ def load_model(
     device = resolve_device()
     hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir,
                   "local_files_only": local_files_only, "subfolder": subfolder}  # fmt: skip
-    saved = None
-    if adapter_name_or_path is not None:
-        saved = _SavedAdapter(adapter_name_or_path, token, cache_dir, local_files_only)
+    adapter = AdapterSource(
+        peft_config=peft_config, saved=adapter_name_or_path, is_trainable=is_trainable, dtype=numbers.adapter_dtype,
+        seed=seed, hub_kwargs={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
+    )  # fmt: skip
 
     with same_outcome("preparing the model"):
         placement = resolve_offload(offload)
@@ -194,7 +191,7 @@ def load_model(
         if stored_config is not None:
             kept = replace_packed_linears(model, matched, quantization_config, storage_dtype=storage_dtype)
         weights = [PlannedWeight(*_owner(model, key), tensor) for key, tensor in matched.items()]
-        root = _inject_adapter(model, peft_config, saved, is_trainable=is_trainable, dtype=numbers.adapter_dtype)
+        root = adapter.inject(model)
         whole: WholeParameters = {}
         if engine == "fsdp1":
             check_fsdp1(root, layers)
@@ -204,10 +201,7 @@ def load_model(
             )
     if unused:
         logger.warning("The model has no use for %d tensors of the checkpoint: %s", len(unused), ", ".join(unused))
-    if saved is not None:
-        difference = other_base(Path(saved.name_or_path), quantization_config, numbers.dtype)
-        if difference is not None:
-            logger.warning("%s", difference)
+    adapter.warn_of_another_base(quantization_config, numbers.dtype)
 
     _shard_and_allocate(
         root, layers, engine=engine, numbers=numbers, offload=placement, pin_memory=offload_pin_memory, device=device,
@@ -215,7 +209,7 @@ def load_model(
     )  # fmt: skip
     with torch.no_grad():
         read_bytes = fill(weights, device=device)
-        _fill_adapter(root, saved, seed)
+        adapter.fill(root)
 
     _check_nothing_on_meta(root, holds_parameters=engine != "fsdp1" or rank() == 0)
     check_integrity(root, max_groups=CHECKED_GROUPS)
@@ -228,40 +222,6 @@ def load_model(
     root.load_report = report  # type: ignore[assignment]  # nn.Module is typed as holding tensors and modules only
     logger.info("%s: %s", name, report.summary())
     return root
-
-
-@dataclass(frozen=True)
-class _SavedAdapter:
-    """Where an adapter is read from."""
-
-    name_or_path: str
-    token: str | bool | None
-    cache_dir: str | None
-    local_files_only: bool
-
-    @property
-    def hub_kwargs(self) -> dict[str, Any]:
-        return {"token": self.token, "cache_dir": self.cache_dir, "local_files_only": self.local_files_only}
-
-
-def _inject_adapter(
-    model: PreTrainedModel,
-    peft_config: PeftConfig | None,
-    saved: _SavedAdapter | None,
-    *,
-    is_trainable: bool,
-    dtype: torch.dtype,
-) -> PeftModel | PreTrainedModel:
-    """The model with its adapter, both on meta; the model itself where no adapter is asked for."""
-    if saved is not None:
-        config = read_adapter_config(
-            saved.name_or_path, model, peft_config=peft_config, is_trainable=is_trainable, **saved.hub_kwargs
-        )
-        return add_adapter(model, config, adapter_dtype=dtype)
-    if peft_config is None:
-        return model
-    check_peft_config(peft_config, model)
-    return add_adapter(model, cast(LoraConfig, peft_config), adapter_dtype=dtype)
 
 
 def _shard_and_allocate(
@@ -298,18 +258,6 @@ def _shard_and_allocate(
                 pin_memory=pin_memory and device.type == "cuda",
                 whole=whole,
             )
-
-
-def _fill_adapter(root: PeftModel | PreTrainedModel, saved: _SavedAdapter | None, seed: int) -> None:
-    """Read a saved adapter, or initialise a new one. Collective: DoRA looks at the gathered weights."""
-    if not isinstance(root, PeftModel):
-        return
-    if saved is None:
-        initialize_adapters(root, seed)
-    else:
-        with same_outcome("loading the adapter"):
-            load_adapter_weights(root, saved.name_or_path, **saved.hub_kwargs)
-    initialize_magnitudes(root, ADAPTER_NAME, keep_magnitudes=saved is not None)
 
 
 def _download(name: str, hub_kwargs: dict[str, Any], num_bytes: int) -> list[Any]:

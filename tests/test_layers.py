@@ -46,7 +46,7 @@ LAYERS = [
     },
     {"sharding", "skeleton", "matching", "lora_config", "layer_options"},
     {"allocation", "fsdp1", "fsdp1_state", "integrity", "report", "dora", "prequantized", "expand", "merge"},
-    {"export", "lora", "lora_layer", "new_layers", "owners"},
+    {"adapter_source", "export", "lora", "lora_layer", "new_layers", "owners"},
     {"weights", "trainer_compat", "data"},
     {"callbacks", "quantize_checkpoint", "load_checks", "loading", "rotary", "train"},
     {"commands"},
