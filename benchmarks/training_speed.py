@@ -18,8 +18,8 @@ Variants, all with gradient checkpointing unless they say otherwise:
   opaque          compiled, with the dequantisation as an operation that the compiler does not look into
   some            compiled, the first `--checkpoint-layers` layers recomputed, the others keep their activations
   none            compiled, nothing recomputed
-  graphs          none, with torch.compile's CUDA graphs (mode "reduce-overhead")
-  cpp             none, with kernels launched from C++ that torch.compile generates ("cpp_wrapper")
+  budget:X        compiled, the compiler recomputes inside the layers to an `activation_budget` of X
+  graphs:X        the same, recorded as CUDA graphs
 
 `--profile` adds a step under torch's profiler for each variant: kernels by time, and how long the GPU was idle.
 
@@ -45,9 +45,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 GIB = 2**30
-VARIANTS = ("stock", "stock_compiled", "plain", "eager", "compiled", "opaque", "some", "none", "graphs", "cpp")
+VARIANTS = ("stock", "stock_compiled", "plain", "eager", "compiled", "opaque", "some", "none")
 USUAL = ("stock", "stock_compiled", "plain", "eager", "compiled", "some", "none")
-OPTIONS: dict[str, dict[str, Any]] = {"graphs": {"mode": "reduce-overhead"}, "cpp": {"options": {"cpp_wrapper": True}}}
 WARM_STEPS = 3
 HEADER = (
     "| variant | batch | tok/s | s per step | peak GiB | reserved GiB | load s | compile s | whole s | losses |\n"
@@ -91,13 +90,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=128256)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(USUAL))
+    parser.add_argument("--variants", nargs="+", type=variant_name, default=list(USUAL))
     parser.add_argument("--checkpoint-layers", type=int, default=0, help="of the variant `some`")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--tolerance", type=float, default=5e-3)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--folder", help="where the model is written for the time of the run")
     return parser.parse_args()
+
+
+def variant_name(text: str) -> str:
+    """One of `VARIANTS`, or "budget:X" or "graphs:X"."""
+    kind, _, budget = text.partition(":")
+    if kind in ("budget", "graphs"):
+        float(budget)
+    elif text not in VARIANTS:
+        raise ValueError(text)
+    return text
 
 
 def run(variant: str, batch_size: int, args: argparse.Namespace, model_path: str) -> dict[str, Any]:
@@ -120,9 +129,7 @@ def run(variant: str, batch_size: int, args: argparse.Namespace, model_path: str
     loaded_s = time.perf_counter() - started
     fill_adapter(model)
     clock = Clock(WARM_STEPS + args.steps, args.profile)
-    losses = train(
-        model, clock, batch_size, args, checkpointing=variant not in ("none", *OPTIONS), output_dir=f"{model_path}-out"
-    )
+    losses = train(model, clock, batch_size, args, checkpointing=variant != "none", output_dir=f"{model_path}-out")
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -155,18 +162,14 @@ def load_stock(model_path: str, *, compiled: bool) -> nn.Module:
 
 def load_ours(model_path: str, variant: str, checkpoint_layers: int) -> nn.Module:
     from hf_fsdp_qlora import load_model
-    from hf_fsdp_qlora.skeleton import decoder_layers
 
-    model = load_model(
+    kind, _, budget = variant.partition(":")
+    return load_model(
         model_path, peft_config=lora_config(), dtype=torch.bfloat16,
-        compile_layers=variant in ("compiled", "opaque", "some", "none"),
+        compile_layers=kind in ("compiled", "opaque", "some", "none", "budget", "graphs"),
         checkpoint_layers=checkpoint_layers if variant == "some" else None,
+        activation_budget=float(budget) if budget else None, cuda_graphs=kind == "graphs",
     )  # fmt: skip
-    if variant in OPTIONS:
-        base: Any = model.get_base_model()
-        for layer in decoder_layers(base):
-            layer.compile(**OPTIONS[variant])
-    return model
 
 
 def lora_config() -> Any:
@@ -233,7 +236,6 @@ class Clock(TrainerCallback):
             kinds = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else None
             self.profiler = torch.profiler.profile(activities=kinds)
             self.profiler.__enter__()
-        torch.compiler.cudagraph_mark_step_begin()
         _synchronize()
         self.started = _now()
 

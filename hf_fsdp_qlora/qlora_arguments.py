@@ -69,6 +69,19 @@ class QLoraArguments:
             "activations: less time for more memory. By default all are recomputed."
         },
     )
+    activation_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "With compile_layers, let the compiler recompute inside each layer in place of "
+            "gradient_checkpointing: 0 keeps as little, 1 all that is expensive to compute."
+        },
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "With activation_budget, record each layer on CUDA and replay it: for small batches of one length."
+        },
+    )
     train_new_layers: bool = field(
         default=False,
         metadata={
