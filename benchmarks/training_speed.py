@@ -21,6 +21,8 @@ Variants, all with gradient checkpointing unless they say otherwise:
   budget:X        compiled, the compiler recomputes inside the layers to an `activation_budget` of X
   graphs:X        the same, recorded as CUDA graphs
 
+`VARIANT@N` runs with a batch of N, whatever `--batch` says.
+
 `--profile` adds a step under torch's profiler for each variant: kernels by time, and how long the GPU was idle.
 
 Every variant is printed when it is done, so a run that is cut off has not been for nothing. Without a GPU seconds are
@@ -63,24 +65,30 @@ def main() -> None:
         f"{args.shape}, {SHAPES['chosen']['num_hidden_layers']} layers, vocabulary {args.vocab_size}, sequence "
         f"{args.seq_len}, LoRA r=16 on all linear layers, NF4 with double quantisation; median of {args.steps} steps"
     )
+    failed = False
     try:
         started = time.perf_counter()
         write_model(folder, "chosen", args.vocab_size)
         shutil.rmtree(folder / "original", ignore_errors=True)  # the 16-bit config, where the writer leaves one
         print(f"model written in {time.perf_counter() - started:.1f} s", flush=True)
         results: list[dict[str, Any]] = []
-        for batch_size in args.batch:
-            for variant in args.variants:
-                results.append(result := run(variant, batch_size, args, str(folder / "nf4")))
-                result["line"] += loss_problem(results, args.tolerance)
-                print(f"{HEADER}\n{result['line']}\n{result['profile']}", flush=True)
+        for variant, batch_size in runs(args):
+            try:
+                result = run(variant, batch_size, args, str(folder / "nf4"))
+            except RuntimeError as error:  # CUDA's, the compiler's: the other variants may still run
+                print(f"| {variant} | {batch_size} | FAILED: {str(error).strip()[-600:]} |", flush=True)
+                failed = True
+                continue
+            results.append(result)
+            result["line"] += loss_problem(results, args.tolerance)
+            print(f"{HEADER}\n{result['line']}\n{result['profile']}", flush=True)
     finally:
         shutil.rmtree(folder)
     print(HEADER)
     for result in results:
         print(result["line"])
-    if any(loss_problem(results[: index + 1], args.tolerance) for index in range(len(results))):
-        raise SystemExit("losses are not as they must be: see the rows")
+    if failed or any(loss_problem(results[: index + 1], args.tolerance) for index in range(len(results))):
+        raise SystemExit("a variant failed, or its losses are not as they must be: see the rows")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -100,13 +108,21 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def variant_name(text: str) -> str:
-    """One of `VARIANTS`, or "budget:X" or "graphs:X"."""
-    kind, _, budget = text.partition(":")
+    """One of `VARIANTS`, or "budget:X" or "graphs:X", and "@N" behind it or not."""
+    variant, _, batch_size = text.partition("@")
+    kind, _, budget = variant.partition(":")
     if kind in ("budget", "graphs"):
         float(budget)
-    elif text not in VARIANTS:
+    elif variant not in VARIANTS:
         raise ValueError(text)
+    int(batch_size or 1)
     return text
+
+
+def runs(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """(variant, batch size) of every run, in order."""
+    asked = [(variant.partition("@"), batch_size) for batch_size in args.batch for variant in args.variants]
+    return list(dict.fromkeys((name, int(own or batch_size)) for (name, _, own), batch_size in asked))
 
 
 def run(variant: str, batch_size: int, args: argparse.Namespace, model_path: str) -> dict[str, Any]:
