@@ -6,6 +6,7 @@ For every linear shape of an 8B Llama: dequantising by our kernel and by bitsand
 compared bit for bit before a time is printed), the dense product, and the products that LoRA adds. Medians of device
 time; the weights rotate through enough copies that the cache does not hold them. "whole" is a layer's forward and
 backward as training calls it, by the clock: where it is above the sum of its parts, launching them is what costs.
+"host" is that cost, call by call: microseconds until a call returns, on sizes that keep no GPU busy.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SHAPES = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096),
 LORA_R = 16
 COPIES = 4
 REPEATS = 30
+HOST_CALLS = 200
 
 
 def main() -> None:
@@ -36,6 +38,7 @@ def main() -> None:
     print(describe_machine())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     show_ceilings(device)
+    show_host_times(torch.device(device))
     columns = (
         "shape", "dequantise ms (TB/s)", "bitsandbytes ms", "tokens", "product ms (TFLOP/s)", "x A ms",
         "B after the product ms", "B before it ms", "product onto B ms", "grad x ms", "grad A ms", "grad B ms",
@@ -59,6 +62,44 @@ def show_ceilings(device: str) -> None:
     print(f"ceilings: {flops:.0f} TFLOP/s in a product of {side}, {copied:.2f} TB/s copying")
 
 
+def show_host_times(device: torch.device) -> None:
+    """What calls cost the host, ours beside the parts they are made of."""
+    backend: Any = four_bit_backend()
+    shape = (256, 256)
+    layer = random_layer(backend, shape, device)
+    x = torch.randn(16, shape[1], device=device, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(16, shape[0], device=device, dtype=torch.bfloat16)
+    lora_a, lora_b = (torch.randn(size, device=device, requires_grad=True) for size in [(LORA_R, 256), (256, LORA_R)])
+    narrow = lora_a.detach().bfloat16()
+    lora = (lora_a, lora_b, 1.0)
+    outputs: list[Tensor] = []
+    calls: dict[str, Callable[[], Any]] = {
+        "view": lambda: x.view(-1),
+        "empty": lambda: torch.empty(shape, device=device, dtype=torch.bfloat16),
+        "cast": lambda: lora_a.detach().to(torch.bfloat16),
+        "product": lambda: nn.functional.linear(x.detach(), narrow),
+        "dequantise": lambda: backend.dequantize(layer.weight, layer.weight_stats, shape),
+        "bitsandbytes": lambda: backend.reference_dequantize(layer.weight, layer.weight_stats, shape),
+        "layer": lambda: layer(x),
+        "layer with LoRA": lambda: outputs.append(layer(x, lora=lora)),
+        "its backward": lambda: outputs.pop().backward(grad),
+    }
+    found = {name: host_us(call) for name, call in calls.items()}
+    print("host us: " + ", ".join(f"{name} {us:.1f}" for name, us in found.items()), flush=True)
+
+
+def host_us(call: Callable[[], Any]) -> float:
+    """Median over a few rounds of the mean of calls in a row, until the last has returned."""
+    rounds = []
+    for _ in range(5):
+        _synchronize()
+        started = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        rounds.append((time.perf_counter() - started) / HOST_CALLS * 1e6)
+    return statistics.median(rounds)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
@@ -67,11 +108,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(name: str, shape: tuple[int, int], token_counts: list[int], device: torch.device) -> None:
     """Print the rows of one shape."""
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    backend: Any = backend_for_config(config, torch.bfloat16)
-    assert isinstance(backend, FourBitBackend)
+    backend = four_bit_backend()
     layers = cycle([random_layer(backend, shape, device) for _ in range(COPIES)])
     layer = next(layers)
     dense = layer.dequantize()
@@ -104,6 +141,15 @@ def measure(name: str, shape: tuple[int, int], token_counts: list[int], device: 
             f"{tokens} | {product_ms:.3f} ({rate:.0f}) | " + " | ".join(f"{part:.4f}" for part in parts)
             + f" | {forward_ms:.3f} | {backward_ms:.3f} |", flush=True,
         )  # fmt: skip
+
+
+def four_bit_backend() -> FourBitBackend:
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    backend: Any = backend_for_config(config, torch.bfloat16)
+    assert isinstance(backend, FourBitBackend)
+    return backend
 
 
 def random_layer(backend: FourBitBackend, shape: tuple[int, int], device: torch.device) -> QuantizedLinear:
