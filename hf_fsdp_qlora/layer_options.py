@@ -61,6 +61,11 @@ def set_layer_options(
             )
         compile_layers(layers, activation_budget=activation_budget, cuda_graphs=cuda_graphs)
     if cuda_graphs:
+        if engine != "none":
+            raise ConfigError(
+                f"cuda_graphs=True under {engine}: recorded layers have been tried in one process only. Leave "
+                "cuda_graphs out."
+            )
         model.base_model.register_forward_pre_hook(_begin_round)
     if checkpointed is not None:
         limit_checkpointing(model, layers, checkpointed)

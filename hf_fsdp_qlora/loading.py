@@ -126,7 +126,8 @@ def load_model(
             others keep their activations. None recomputes all.
         activation_budget: with `compile_layers`, the compiler recomputes inside each layer instead: 0 keeps the
             layer's input only, 1 all that is expensive to compute. Gradient checkpointing then does nothing.
-        cuda_graphs: with `activation_budget`, record each layer's forward and backward on CUDA and replay them.
+        cuda_graphs: with `activation_budget`, record each layer's forward and backward on CUDA and replay them; one
+            process only.
         seed: for new adapters. Values are those of `torch.manual_seed(seed); get_peft_model(...)` on one CPU
             process, for every number of ranks.
         revision, token, cache_dir, local_files_only, subfolder, trust_remote_code: as in `from_pretrained`.

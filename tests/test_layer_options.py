@@ -176,6 +176,7 @@ def test_recorded_layers_train_like_plain_ones(tmp_path: Path, budget: float) ->
         (dict(compiled=True, activation_budget=50), "activation_budget=50 is a share"),
         (dict(compiled=True, activation_budget=0.5, checkpointed=1), "Leave one of them out"),
         (dict(compiled=True, cuda_graphs=True), "cuda_graphs=True without activation_budget"),
+        (dict(compiled=True, cuda_graphs=True, activation_budget=1, engine="ddp"), "in one process only"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(model: PeftModel, options: dict[str, Any], message: str) -> None:
