@@ -9,6 +9,7 @@ at a time with it), because some backward reads it:
 | bytes | kept by |
 | --- | --- |
 | 4TH per RMS norm over H | the norm's float32 copy of its input (transformers computes norms in float32) |
+| cTH per RMS norm that is trained | its output before the weight |
 | 4T(Q + K) with query and key norms | the same |
 | cTH, cTQ, cTH, cTI | inputs of the LoRA A of attention in and out, MLP in and out: one per place that is targeted |
 | cTr per LoRA layer | output of A, input of B |
@@ -33,9 +34,10 @@ highest sum is the step's peak.
 - The input embedding being fetched: nothing.
 - The forward of the last decoder layer: 2cTH (residual and the MLP's input) and the larger of 3cTI (activation, up
   projection and their product; where PEFT adds the adapter 4cTI: activation, the two outputs of a LoRA layer and their
-  sum) and 2cTI with the dequantised weight. Without checkpointing the layer's kept tensors are there already and only
-  the weight comes on top.
-- The head being fetched: the last layer's output (cTH).
+  sum) and 2cTI with the dequantised weight. Without checkpointing the layer's kept tensors are there already; on top
+  come the weight, 3cTH (input, residual, output), and cTH and cTI if the inputs of MLP in and MLP out are not kept. To
+  the end of the forward the decoder holds its embedded tokens (cTH), which with checkpointing are the first input.
+- The head being fetched: the last layer's output (cTH) and the embedded tokens.
 - The head's forward and backward, see 2. The final norm, see 3. The last decoder layer, see 1.
 - The first decoder layer, as 1., when all other layers' tensors are gone and all gradients are there.
 
@@ -58,13 +60,19 @@ highest sum is the step's peak.
 3. Backward of the final norm: its float32 input and five more float32 tensors of TH, while every layer's tensors
    are kept.
 
+Rotary training: frozen layers keep no inputs of linear layers, active ones do and need no dequantised weight. Layers
+below the lowest active block keep nothing, and that layer not the float32 input of its first norm. If the head is all
+that is active beside the norm, no layer keeps anything, and the final norm cTH in place of its float32 input. At the
+end of the backward all gradients are there: with 4cTH (gradients around the first product), or with those of the
+embedded tokens and the sums that CUDA's kernel makes of them in float32, a row per distinct token and per ten tokens.
+
 Source of the tables: operators recorded with fake tensors (tests/test_memory.py replays them), transformers 5.23,
 trl 1.16. Left out: torch.compile, Liger kernels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_fsdp_qlora.model_shape import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, LinearShape, ModelShape
 
@@ -76,15 +84,22 @@ HEAD_MOMENT = "backward of the head"
 NORM_MOMENT = "backward of the final norm"
 LAYER_MOMENT = "backward of the last decoder layer"
 FIRST_LAYER_MOMENT = "backward of the first decoder layer"
+END_MOMENT = "end of the backward"
 OFFLOAD_STASH = 5
 """Tensors that TRL's `activation_offloading` keeps on the device while they are copied (its `max_fwd_stash_size`)."""
+EMBEDDING_ROWS_PER_SUM = 10
+"""Gradients that CUDA's backward of an embedding adds up at once (NROWS_PER_THREAD in its source)."""
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 """Tile of TRL's fused head (TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE)."""
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What of a run the activations depend on. `lora` says where LoRA layers are, by `LinearShape.name`."""
+    """What of a run the activations depend on. `lora` says where LoRA layers are, by `LinearShape.name`.
+
+    In rotary training backward goes through `backward_layers`, of which `trained_layers` are active, and
+    `trains_base` speaks of the layer at hand; None is all of them.
+    """
 
     batch_size: int
     seq_len: int
@@ -101,6 +116,9 @@ class StepSettings:
     head_is_cast: bool
     trains_base: bool
     offloaded: bool = False
+    trains_embedding: bool = False
+    backward_layers: int | None = None
+    trained_layers: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -125,31 +143,66 @@ class Activations:
 def activations(shape: ModelShape, step: StepSettings) -> dict[str, Activations]:
     """The moments of a step, by name. See the module's docstring for the terms."""
     tokens, c, hidden = step.tokens, step.compute_bytes, shape.hidden_size
-    layer, passing = layer_bytes(shape, step), _passing_bytes(shape, step)
+    flow, depth = c * tokens * hidden, _depth(shape, step)
+    layer, passing = (layer_bytes(shape, step), _passing_bytes(shape, step)) if depth else (0, 0)
     always = 2 * c * tokens * shape.head_dim + (tokens * step.seq_len if step.padded else 0)
-    per_layer = c * tokens * hidden if step.checkpointing else layer
-    layers = min(shape.num_layers, OFFLOAD_STASH + 1) if step.offloaded else shape.num_layers
-    kept = always + (layers if step.checkpointing else shape.num_layers - 1) * per_layer
-    forward_end = 0 if step.checkpointing else layer
-    final_norm = (4 + c) * tokens * hidden
-    moments = (
+    unneeded = _first_norm_bytes(shape, step)
+    last = layer - (unneeded if depth == 1 else 0)
+    stored = 0 if step.checkpointing else last
+    kept = always + _kept_by_others(shape, step) - (0 if step.checkpointing or depth < 2 else unneeded)
+    embedded = 0 if step.checkpointing and depth == shape.num_layers else flow
+    final_norm = ((4 if depth else c) + c) * tokens * hidden
+    moments = [
         Activations(EMBEDDING_MOMENT, 0, 0, 0, 0),
-        Activations(FORWARD_MOMENT, kept, forward_end, _forward_bytes(shape, step), 0),
-        Activations(HEAD_FETCH_MOMENT, kept, forward_end, c * tokens * hidden, 0),
-        Activations(HEAD_FORWARD_MOMENT, kept, forward_end, final_norm, _head_forward_bytes(shape, step)),
-        Activations(HEAD_MOMENT, kept, forward_end, final_norm, _head_bytes(shape, step)),
-        Activations(NORM_MOMENT, kept, forward_end, 20 * tokens * hidden, 0),
-        Activations(LAYER_MOMENT, kept, layer, passing, 0),
-        Activations(FIRST_LAYER_MOMENT, always + (per_layer if step.checkpointing else 0), layer, passing, 0),
-    )
+        Activations(FORWARD_MOMENT, kept, stored, embedded + _forward_bytes(shape, step), 0),
+        Activations(HEAD_FETCH_MOMENT, kept, stored, embedded + flow, 0),
+        Activations(HEAD_FORWARD_MOMENT, kept, stored, final_norm, _head_forward_bytes(shape, step)),
+        Activations(HEAD_MOMENT, kept, stored, final_norm, _head_bytes(shape, step)),
+        Activations(NORM_MOMENT, kept, stored, (24 if depth else 3 * c) * tokens * hidden, 0),
+    ]
+    if depth:
+        first = flow if step.checkpointing else 0
+        moments += [
+            Activations(LAYER_MOMENT, kept, last, passing, 0),
+            Activations(FIRST_LAYER_MOMENT, always + first, layer - unneeded, passing, 0),
+        ]
+    if step.backward_layers is not None:
+        sums = 4 * hidden * (min(tokens, shape.vocab_size) + tokens // EMBEDDING_ROWS_PER_SUM)
+        moments.append(Activations(END_MOMENT, always, 0, 2 * flow + (sums if step.trains_embedding else 2 * flow), 0))
     return {moment.moment: moment for moment in moments}
+
+
+def _depth(shape: ModelShape, step: StepSettings) -> int:
+    return shape.num_layers if step.backward_layers is None else step.backward_layers
+
+
+def _first_norm_bytes(shape: ModelShape, step: StepSettings) -> int:
+    """The float32 input of the lowest active layer's first norm, which is not kept if it needs no gradient."""
+    if step.backward_layers is None or step.trains_embedding or shape.norm_ends_layer:
+        return 0
+    return 4 * step.tokens * shape.hidden_size
+
+
+def _kept_by_others(shape: ModelShape, step: StepSettings) -> int:
+    """What the decoder layers keep that are not the one at hand; with checkpointing the inputs of all."""
+    depth = _depth(shape, step)
+    if step.checkpointing:
+        layers = min(depth, OFFLOAD_STASH + 1) if step.offloaded else depth
+        return layers * step.compute_bytes * step.tokens * shape.hidden_size
+    if not depth:
+        return 0
+    if step.trained_layers is None:
+        return (depth - 1) * layer_bytes(shape, step)
+    trained = step.trained_layers - int(step.trains_base)
+    kept = trained * layer_bytes(shape, replace(step, trains_base=True))
+    return kept + (depth - 1 - trained) * layer_bytes(shape, replace(step, trains_base=False))
 
 
 def layer_bytes(shape: ModelShape, step: StepSettings) -> int:
     """What one decoder layer keeps for its backward, its own input aside."""
     c, hidden, inner = step.compute_bytes, shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    per_token = 4 * hidden * shape.wide_norms + 4 * shape.qk_norm_width
+    per_token = (4 + (c if step.trains_base else 0)) * (hidden * shape.wide_norms + shape.qk_norm_width)
     widths = {ATTENTION_IN: hidden, ATTENTION_OUT: queries, MLP_IN: hidden, MLP_OUT: inner}
     for place, width in widths.items():
         if any(_is_trained(linear, step) for linear in shape.linears if linear.leaf in place):
@@ -187,9 +240,9 @@ def _passing_bytes(shape: ModelShape, step: StepSettings) -> int:
     flow, wide = c * tokens * shape.hidden_size, c * tokens * shape.intermediate_size
     down = next(linear for linear in shape.linears if linear.leaf in MLP_OUT)
     dense = dequantized_bytes(down, step)
-    kept_input = wide if _is_trained(down, step) and not step.dropout else 0
+    keeps_mlp_in, keeps_mlp_out = _keeps_inputs(shape, step)
+    kept_input = wide if keeps_mlp_out else 0
     is_fused = any(linear.out_features == 2 * shape.intermediate_size for linear in shape.linears)
-    keeps_mlp_in = any(_is_trained(x, step) for x in shape.linears if x.leaf in MLP_IN) and not step.dropout
     recompute = (3 if keeps_mlp_in else 4) * flow + dense + wide - kept_input
     branches = 2 if down.name in step.lora and not step.fused_lora else 1
     down_backward = flow + dense + branches * wide - kept_input
@@ -205,9 +258,10 @@ def _passing_bytes(shape: ModelShape, step: StepSettings) -> int:
 def _forward_bytes(shape: ModelShape, step: StepSettings) -> int:
     tokens, c = step.tokens, step.compute_bytes
     dense = max(dequantized_bytes(linear, step) for linear in shape.linears)
-    if not step.checkpointing:
-        return dense
     flow, wide = c * tokens * shape.hidden_size, c * tokens * shape.intermediate_size
+    if not step.checkpointing and _depth(shape, step):
+        keeps_in, keeps_out = _keeps_inputs(shape, step)
+        return (3 if keeps_in else 4) * flow + dense + (0 if keeps_out else wide)
     apart = not step.fused_lora and any(x.name in step.lora for x in shape.linears if x.leaf in MLP_IN)
     return 2 * flow + max((4 if apart else 3) * wide, 2 * wide + dense)
 
@@ -225,6 +279,12 @@ def _head_bytes(shape: ModelShape, step: StepSettings) -> int:
     gradient = 4 * shape.vocab_size * shape.hidden_size if step.trains_head else 0
     copy = c * shape.vocab_size * shape.hidden_size if step.trains_head and not step.head_is_cast else 0
     return _head_forward_bytes(shape, step) + flow + gradient + copy
+
+
+def _keeps_inputs(shape: ModelShape, step: StepSettings) -> tuple[bool, bool]:
+    """Whether a layer keeps the inputs of MLP in and of MLP out."""
+    trained = {linear.leaf for linear in shape.linears if _is_trained(linear, step)}
+    return tuple(bool(trained & set(place)) and not step.dropout for place in (MLP_IN, MLP_OUT))  # type: ignore
 
 
 def _is_trained(linear: LinearShape, step: StepSettings) -> bool:

@@ -2,24 +2,12 @@
 
 The peak of a GPU is the sum of what is always there (its part of the weights and statistics, of what is trained, and
 of the optimizer state) and of the highest moment of a step: activations (activations.py lists them term by term), what
-the engine gathers just then (memory_gathered.py), and the gradients that are there by then: all of them in every
-moment with accumulation, else only in the backward of the first layer. The loading peak is in memory_loading.py, host
-and disk in memory_host.py.
+the engine gathers just then (memory_gathered.py), and the gradients that are there by then; memory_step.py adds them
+up. Rotary training is planned for its most expensive visit (memory_visits.py), which may come long after the first.
+The loading peak is in memory_loading.py, host and disk in memory_host.py.
 
 `peak_bytes` predicts `torch.cuda.max_memory_allocated()`. What the driver, NCCL and the allocator's fragmentation take
 beside it is `overhead_bytes`; a run fits if the sum of both does.
-
-Which parts each engine holds, W being the number of ranks that share one copy of the model:
-
-- none: everything.
-- DDP: everything, and DDP's buckets, which are as large as the gradients.
-- FSDP1, FSDP2: 1/W of everything, quantised rows cut per tensor. With offload "base" the rows live in host memory;
-  with "all" every parameter, gradient and optimizer state does.
-
-What is trained: adapters (with the frozen originals of `modules_to_save` beside them), the whole model, the layers
-that `expand` added (masters, and their frozen 16-bit originals), or in rotary training the active share of the
-parameters: its weights and gradients in `dtype` on every rank, and 1/W of float32 masters (of bfloat16 the weights
-themselves) and of the moments; parked linear layers are rows of `rotary_frozen`, everything else stays in `dtype`.
 
 Left out: model parallelism, evaluation with generation, torch.compile's caches.
 """
@@ -30,26 +18,17 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hf_fsdp_qlora.activations import FIRST_LAYER_MOMENT, LAYER_MOMENT, NORM_MOMENT, StepSettings, activations
-from hf_fsdp_qlora.memory_gathered import gathered_bytes
-from hf_fsdp_qlora.memory_host import disk_bytes, host_bytes, offloaded_kinds
+from hf_fsdp_qlora.activations import activations
+from hf_fsdp_qlora.memory_host import disk_bytes, host_bytes
 from hf_fsdp_qlora.memory_loading import loading_bytes
-from hf_fsdp_qlora.memory_settings import (
-    DTYPE_BYTES,
-    GIB,
-    OPTIMIZER_STATE_BYTES,
-    MemorySettings,
-    row_format,
-    trainable_parameters,
-    whole_numel,
-)
+from hf_fsdp_qlora.memory_settings import GIB, MemorySettings, trainable_parameters
+from hf_fsdp_qlora.memory_step import moments_of_step, on_gpu, static_bytes, step_settings
+from hf_fsdp_qlora.memory_visits import Visit, rotary_visits
 from hf_fsdp_qlora.model_shape import ModelShape, model_shape
 
 CONTEXT_BYTES = int(0.55 * GIB)  # CUDA context with the kernels that a run loads
 NCCL_BYTES = int(0.35 * GIB)  # NCCL's own buffers, with more than one GPU
 FRAGMENTATION = 0.03  # of the peak
-CUBLAS_BYTES = 2 * 32 * 2**20
-"""cuBLAS workspaces of the main thread and of autograd's, on Hopper; 8 MiB each before it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +43,8 @@ class MemoryEstimate:
         peak_bytes: predicted `torch.cuda.max_memory_allocated()`.
         overhead_bytes: what the card holds beside it.
         highest_moment: where in the step the peak is.
-        moments: the sum of `gpu` at every moment of the step.
+        moments: the sum of `gpu` at every moment of the step; in rotary training of the most expensive visit's.
+        trainable_parameters: in rotary training, at most at a time.
         activations_other_bytes: activations with checkpointing switched the other way.
     """
 
@@ -129,7 +109,7 @@ def estimate_memory(
         activation_offloading: as in TRL's SFTConfig, with gradient_checkpointing.
         padded: batches have padding, so attention gets a mask.
         active_fraction, rotary_frozen, master_dtype: as in RotaryConfig: the share of the parameters that is active
-            (one decoder layer by default), the format of parked linear layers, and the dtype of masters.
+            (by default one block at a time), the format of parked linear layers, and the dtype of masters.
 
     Raises:
         ConfigError: a setting is unknown, or the planner does not know the model.
@@ -137,118 +117,24 @@ def estimate_memory(
     changes = {name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()}
     settings = replace(settings or MemorySettings(), **changes)
     shape = model if isinstance(model, ModelShape) else model_shape(model)
-    static = _static_bytes(shape, settings)
-    on_gpu = {name: 0 if name in offloaded_kinds(settings) else size for name, size in static.items()}
-    gradients = on_gpu.pop("gradients")
-    step = _step(shape, settings)
-    gathered = gathered_bytes(shape, settings)
-    moments = {}
-    for name, active in activations(shape, step).items():
-        all_there = settings.gradient_accumulation_steps > 1 or name == FIRST_LAYER_MOMENT
-        moments[name] = {
-            **on_gpu,
-            "gradients": gradients if all_there else _head_gradient(shape, settings, gradients, name),
-            "gathered": gathered[name],
-            "activations": active.kept_bytes + active.layer_bytes,
-            "dequantized_and_passing": active.passing_bytes,
-            "logits": active.logits_bytes,
-            "workspace": CUBLAS_BYTES,
-        }
-    sums = {name: sum(kinds.values()) for name, kinds in moments.items()}
+    visits: tuple[Visit | None, ...] = (None,)
+    if settings.method == "rotary":
+        visits = rotary_visits(shape, settings.active_fraction)
+    steps = [moments_of_step(shape, settings, visit) for visit in visits]
+    moments = max(steps, key=lambda step: max(_sums(step).values()))
+    sums = _sums(moments)
     highest, peak = max(sums.items(), key=lambda item: item[1])
-    other = activations(shape, replace(step, checkpointing=not step.checkpointing, offloaded=False)).values()
+    static = static_bytes(shape, settings)
+    other = replace(step_settings(shape, settings), checkpointing=not settings.gradient_checkpointing, offloaded=False)
     overhead = CONTEXT_BYTES + (NCCL_BYTES if settings.world_size > 1 else 0) + int(FRAGMENTATION * peak)
     return MemoryEstimate(
         settings=settings, gpu=moments[highest], host=host_bytes(shape, settings, static),
-        disk=disk_bytes(shape, settings), loading_peak_bytes=loading_bytes(shape, settings, on_gpu),
+        disk=disk_bytes(shape, settings), loading_peak_bytes=loading_bytes(shape, settings, on_gpu(settings, static)),
         peak_bytes=peak, overhead_bytes=overhead, highest_moment=highest, moments=sums,
-        activations_other_bytes=max(moment.total_bytes for moment in other),
+        activations_other_bytes=max(moment.total_bytes for moment in activations(shape, other).values()),
         trainable_parameters=trainable_parameters(shape, settings), total_parameters=shape.total_numel,
     )  # fmt: skip
 
 
-def _static_bytes(shape: ModelShape, settings: MemorySettings) -> dict[str, int]:
-    """This rank's part of what is always there, wherever it lives, and of the gradients."""
-    shards, dtype = settings.shards, DTYPE_BYTES[settings.dtype]
-    trainable = trainable_parameters(shape, settings)
-    rows = row_format(settings)
-    layers = float(shape.num_layers - settings.new_layers)
-    if settings.method == "rotary" and not settings.engine.startswith("fsdp"):  # active rows are released
-        layers *= 1 - trainable / shape.total_numel
-    codes = statistics = linear = 0
-    for layer in shape.linears:
-        if rows is None:
-            linear += int(layers * layer.numel) * dtype // shards
-        else:
-            own_rows = int(layers * -(-rows.num_rows(layer.numel) // shards))
-            codes, statistics = codes + own_rows * rows.code_bytes, statistics + own_rows * rows.stats_bytes
-    linears = sum(layer.numel for layer in shape.linears)
-    others = shape.total_numel - (shape.num_layers - settings.new_layers) * linears
-    if settings.method == "rotary":
-        return {
-            "weights": codes + linear,
-            "statistics": statistics,
-            "other_weights": others * dtype,
-            "replicated": 0,
-        } | _rotary_bytes(trainable, settings)
-    own = -(-trainable // shards)
-    tail, embedding = whole_numel(shape, settings)
-    full = settings.method == "full"
-    trained_bytes = dtype if full else DTYPE_BYTES[settings.adapter_dtype]
-    return {
-        "weights": 0 if full else codes + linear,
-        "statistics": statistics,
-        "other_weights": 0 if full else (others - tail - embedding) * dtype // shards,
-        "replicated": tail * dtype,
-        "adapters": own * trained_bytes,
-        "gradients": own * trained_bytes,
-        "buckets": own * trained_bytes if settings.engine == "ddp" and settings.world_size > 1 else 0,
-        "optimizer": own * _state_bytes(settings, trained_bytes),
-    }
-
-
-def _rotary_bytes(active: int, settings: MemorySettings) -> dict[str, int]:
-    """Active weights and gradients are whole on every rank; masters and moments are split over all ranks."""
-    dtype, master = DTYPE_BYTES[settings.dtype], DTYPE_BYTES[settings.master_dtype]
-    own = -(-active // settings.world_size)
-    slices = 0 if master == dtype else own * master  # of the weights' dtype, a master is the weight itself
-    return {
-        "adapters": active * dtype + slices,
-        "gradients": active * dtype,
-        "buckets": 0,
-        "optimizer": own * OPTIMIZER_STATE_BYTES[settings.optimizer],  # moments are float32 or 8 bit, never 16
-    }
-
-
-def _head_gradient(shape: ModelShape, settings: MemorySettings, gradients: int, moment: str) -> int:
-    """What a trained head's gradient takes once its backward is over and before the layers have theirs."""
-    if not settings.trains_head or moment not in (NORM_MOMENT, LAYER_MOMENT):
-        return 0
-    numel = shape.head_numel or shape.embedding_numel
-    return gradients * numel // trainable_parameters(shape, settings)
-
-
-def _state_bytes(settings: MemorySettings, trained_bytes: int) -> int:
-    return OPTIMIZER_STATE_BYTES[settings.optimizer] * trained_bytes // 4
-
-
-def _step(shape: ModelShape, settings: MemorySettings) -> StepSettings:
-    rows = row_format(settings)
-    counts = shape.targeted(settings.target_modules) if settings.has_adapters else {}
-    return StepSettings(
-        batch_size=settings.batch_size,
-        seq_len=settings.seq_len,
-        compute_bytes=DTYPE_BYTES[settings.dtype],
-        lora=frozenset(counts),
-        lora_r=settings.lora_r,
-        dropout=settings.lora_dropout > 0,
-        fused_lora=settings.lora_dropout == 0 and settings.engine != "fsdp1" and rows is not None,
-        checkpointing=settings.gradient_checkpointing,
-        offloaded=settings.activation_offloading,
-        padded=settings.padded,
-        quantized=rows is not None and rows.code_bytes < rows.row_size * DTYPE_BYTES[settings.dtype],  # else a view
-        block_size=settings.row_block,
-        trains_head=settings.trains_head,
-        head_is_cast=settings.trains_head and settings.has_adapters and not settings.engine.startswith("fsdp"),
-        trains_base=not settings.has_adapters,
-    )
+def _sums(moments: dict[str, dict[str, int]]) -> dict[str, int]:
+    return {name: sum(kinds.values()) for name, kinds in moments.items()}

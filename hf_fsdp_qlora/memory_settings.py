@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.formats import RowFormat, dense_rows, four_bit_rows, hqq_rows, int8_rows
+from hf_fsdp_qlora.memory_visits import largest_visit_numel
 from hf_fsdp_qlora.model_shape import ModelShape
 
 GIB = 2**30
@@ -125,12 +126,11 @@ class MemorySettings:
 
 
 def trainable_parameters(shape: ModelShape, settings: MemorySettings) -> int:
-    """Parameters that the optimizer sees."""
+    """Parameters that the optimizer sees; in rotary training at most at a time."""
     if settings.method == "full":
         return shape.total_numel
     if settings.method == "rotary":
-        fraction = settings.active_fraction or shape.layer_numel / shape.total_numel
-        return int(fraction * shape.total_numel)
+        return largest_visit_numel(shape, settings.active_fraction)
     if settings.method == "new_layers":
         return settings.new_layers * shape.layer_numel
     counts = shape.targeted(settings.target_modules)

@@ -32,6 +32,8 @@ LAYERS = [
         "memory_gathered",
         "memory_loading",
         "memory_host",
+        "memory_step",
+        "memory_visits",
     },
     {"quantization"},
     {"row_ops", "outside"},

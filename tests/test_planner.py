@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.memory import estimate_memory
 from hf_fsdp_qlora.memory_gathered import gathered_bytes, layer_weight_bytes
 from hf_fsdp_qlora.memory_host import in_slabs
-from hf_fsdp_qlora.memory_settings import MemorySettings
+from hf_fsdp_qlora.memory_settings import MemorySettings, trainable_parameters
+from hf_fsdp_qlora.memory_step import static_bytes
+from hf_fsdp_qlora.memory_visits import rotary_visits
 from hf_fsdp_qlora.model_shape import model_shape
 from hf_fsdp_qlora.planning import cheapest_change, largest_batch_size, largest_seq_len
 from tests.test_memory import LLAMA_8B, LLAMA_70B
@@ -111,39 +114,43 @@ def test_formats_cost_what_their_rows_cost() -> None:
 
 
 def test_rotary_costs_what_its_parts_cost() -> None:
-    """Per parameter at 8B with a tenth active: rows of the parked nine tenths of the linear layers, all others in 16
-    bit, 0.2 for weights, 0.2 for gradients, masters and moments of the tenth; both divided over the ranks."""
+    """8B, a tenth active: at most the embedding or the head with a layer. Rows of parked linear layers, all that is
+    parked otherwise in 16 bit, and per active parameter 2 bytes of weight, 2 of gradient, 4 of master, 8 of moments;
+    the last two are divided over the ranks."""
     shape = model_shape(LlamaConfig(**LLAMA_8B))
-    total = shape.total_numel
-    linears = shape.num_layers * sum(linear.numel for linear in shape.linears)
-    common: dict[str, Any] = dict(engine="none", method="rotary", active_fraction=0.1)
+    linears = sum(linear.numel for linear in shape.linears)
+    common = MemorySettings(engine="none", method="rotary", active_fraction=0.1)
+    active = shape.head_numel + shape.layer_numel + shape.outside_other_numel
+    visit = next(visit for visit in rotary_visits(shape, 0.1) if visit.head)
+    assert visit.numel == active == trainable_parameters(shape, common) < 0.1 * shape.total_numel
 
-    def per_parameter(**settings: Any) -> float:
-        gpu = estimate_memory(shape, **common | settings).gpu
-        kinds = ("weights", "statistics", "other_weights", "adapters", "gradients", "optimizer")
-        return sum(gpu[kind] for kind in kinds) / total
+    def held(**settings: Any) -> int:
+        return sum(static_bytes(shape, replace(common, **settings), visit).values())
 
-    parked = 0.9 * linears / total * (1 + 4 / 128) + 2 * (total - linears) / total
-    assert per_parameter() == pytest.approx(parked + 0.2 + 0.2 + 0.4 + 0.8, rel=1e-4)
-    assert per_parameter(master_dtype="bfloat16") == pytest.approx(parked + 0.4 + 0.8, rel=1e-4)
-    smallest = per_parameter(master_dtype="bfloat16", optimizer="adamw_8bit")
-    assert smallest == pytest.approx(parked + 0.4 + 0.2, rel=1e-4)
-    assert per_parameter(rotary_frozen="nf4") < per_parameter()
-    unquantised = 0.9 * linears / total * (2 + 4 / 8192) + 2 * (total - linears) / total
-    assert per_parameter(rotary_frozen="bf16") == pytest.approx(unquantised + 0.2 + 0.2 + 0.4 + 0.8, rel=1e-4)
+    plain = shape.embedding_numel + (shape.num_layers - 1) * shape.layer_other_numel
+    parked = (shape.num_layers - 1) * linears
+    assert held() == parked + parked // 32 + 2 * plain + (2 + 2 + 4 + 8) * active
+    assert held(master_dtype="bfloat16") == held() - 4 * active
+    assert held(master_dtype="bfloat16", optimizer="adamw_8bit") == held() - (4 + 6) * active
+    assert held(rotary_frozen="nf4") < held()
+    unquantised = 2 * parked + parked // 8192 * 4 + 2 * plain + 16 * active
+    assert held(rotary_frozen="bf16") == pytest.approx(unquantised, rel=1e-4)
     # FSDP2 keeps the rows of what is active, and has its part of them alone.
-    sharded = estimate_memory(shape, **common | dict(engine="fsdp2", gpus=4, rotary_frozen="bf16"))
-    assert sharded.gpu["weights"] == pytest.approx(2 * linears / 4, rel=1e-4)
-    assert sharded.gpu["other_weights"] == 2 * (total - linears)
-    split = estimate_memory(shape, **common | dict(engine="ddp", gpus=4))
-    assert split.gpu["adapters"] == pytest.approx((0.2 + 0.4 / 4) * total, rel=1e-4)
-    assert split.gpu["optimizer"] == pytest.approx(0.8 / 4 * total, rel=1e-4)
-    # On the host: masters, those of the tenth from before its visit, and the next visit's in pinned memory.
-    active = int(0.1 * total)
-    assert split.host["masters"] == 4 * (total + active)
-    assert split.host["pinned"] == 4 * GIB and 0.5 * GIB < 4 * active / 4 < GIB
-    assert estimate_memory(shape, **common | dict(active_fraction=1.0)).host["pinned"] == 0
-    assert split.disk["training_checkpoint"] == 4 * total + active * (4 + 8)
+    sharded = static_bytes(shape, replace(common, engine="fsdp2", gpus=4, rotary_frozen="bf16"), visit)
+    assert sharded["weights"] == shape.num_layers * linears * 2 // 4
+    assert sharded["other_weights"] == 2 * plain
+    split = replace(common, engine="ddp", gpus=4)
+    assert static_bytes(shape, split, visit)["adapters"] == 2 * active + 4 * -(-active // 4)
+    assert static_bytes(shape, split, visit)["optimizer"] == 8 * -(-active // 4)
+    # On the host: masters, the active ones as they were before the visit, and the next visit's in pinned memory.
+    estimate = estimate_memory(shape, split)
+    assert estimate.host["masters"] == 4 * (shape.total_numel + active)
+    assert estimate.host["pinned"] == 4 * GIB and 0.5 * GIB < 4 * active / 4 < GIB
+    assert estimate_memory(shape, split, active_fraction=1.0).host["pinned"] == 0
+    assert estimate.disk["training_checkpoint"] == 4 * shape.total_numel + active * (4 + 8)
+    loaded = static_bytes(shape, common)
+    assert loaded["adapters"] == loaded["optimizer"] == 0
+    assert loaded["weights"] + loaded["statistics"] == shape.num_layers * linears * 33 // 32
 
 
 def test_new_layers_are_trained_whole_over_a_quantised_base() -> None:

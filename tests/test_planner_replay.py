@@ -7,17 +7,12 @@ TRL computes in another way on the CPU, and cuBLAS.
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -30,11 +25,13 @@ from hf_fsdp_qlora.activations import (
     LAYER_MOMENT,
     NORM_MOMENT,
 )
-from hf_fsdp_qlora.memory import CUBLAS_BYTES, estimate_memory
+from hf_fsdp_qlora.memory import estimate_memory
+from hf_fsdp_qlora.memory_step import CUBLAS_BYTES
 from hf_fsdp_qlora.model_shape import model_shape
 from hf_fsdp_qlora.skeleton import decoder_layers
 from hf_fsdp_qlora.trainer_compat.model import attachment
 from tests.distributed import run_distributed
+from tests.living_bytes import LivingBytes
 
 SHAPE: dict[str, Any] = dict(
     hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4,
@@ -44,36 +41,6 @@ SHAPE: dict[str, Any] = dict(
 TOKENS = 256
 STEPS = 2  # optimizer states exist from the second on
 FORWARD, BACKWARD = "forward to the head", "backward from the norm"
-
-
-class LivingBytes(TorchDispatchMode):
-    """Bytes of all storages that operators have seen and that still live, the most at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, weakref.ref[Any]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its local tensors come by next
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
-                self.see(leaf)
-        self.peak = max(self.peak, self.now())
-        return result
-
-    def see(self, tensor: Tensor) -> None:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        storage = local.untyped_storage()
-        self.storages.setdefault(storage._cdata, weakref.ref(storage))
-
-    def now(self) -> int:
-        """FSDP frees and allocates by resizing storages, so sizes are asked for each time."""
-        living = {key: ref() for key, ref in self.storages.items()}
-        self.storages = {key: self.storages[key] for key, storage in living.items() if storage is not None}
-        return sum(storage.nbytes() for storage in living.values() if storage is not None)
 
 
 def peaks(path: str, engine: str, options: dict[str, bool]) -> tuple[int, dict[str, int]]:
