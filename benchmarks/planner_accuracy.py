@@ -8,13 +8,13 @@ Needs one 80 GB GPU, which configurations share: peak *allocated* memory is coun
 disturb it. Ranks of a configuration share the GPU too. A configuration starts when its checkpoint is written and the
 planner says that it fits beside those that run. Random checkpoints go to /dev/shm where it is large enough (35 GB).
 
-Each loads with `load_model` and trains three steps with the stock SFTTrainer, and compares the peaks of loading and of
-training with `estimate_memory`. The peak of every part of a step is printed beside the planner's, so that a miss can
-be understood from one run: a part ends where the final norm runs forward, where gradients reach its output and its
-input, where they reach the last decoder layer's input, and where the optimizer begins. The table has the rank that
-took most; where ranks differ by more than 5 % before the first step, the large tensors of each are printed with what
-holds them. One configuration's failure does not end the others; the exit status is 1 if one failed or missed by more
-than 5 %.
+Each loads with `load_model` and trains three steps with the stock SFTTrainer, in rotary training a whole sweep of short
+visits, as the planner speaks of the most expensive one. Peaks of loading and of training are compared with
+`estimate_memory`; that of every part of a step is printed beside the planner's, so that a miss can be understood from
+one run: a part ends where the final norm runs forward, where gradients reach its output and its input, where they reach
+the last decoder layer's input, and where the optimizer begins. The table has the rank that took most; where ranks
+differ by more than 5 % before the first step, the large tensors of each are printed with what holds them. One
+configuration's failure does not end the others; the exit status is 1 if one failed or missed by more than 5 %.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Run:
 
 
 ACCUMULATE = dict(gradient_accumulation_steps=2)
+ROTARY: dict[str, Any] = dict(method="rotary", active_fraction=0.1)
 RUNS = {
     "8b_fsdp2_offload_all": Run("8b", dict(engine="fsdp2", offload="all")),
     "8b_fsdp2_offload_base": Run("8b", dict(engine="fsdp2", offload="base")),
@@ -90,6 +91,11 @@ RUNS = {
     "8layers_fsdp2_2ranks_offload_base": Run("8layers", dict(engine="fsdp2", gpus=2, offload="base")),
     "1b_long": Run("1b", dict(engine="none", seq_len=8192)),
     "1b_head": Run("1b", dict(engine="none", modules_to_save=("lm_head",))),
+    "1b_lora_16bit_b16": Run("1b", dict(engine="none", method="lora", batch_size=16)),
+    "1b_rotary_b1": Run("1b", dict(engine="none", **ROTARY)),
+    "1b_rotary_b16": Run("1b", dict(engine="none", batch_size=16, **ROTARY)),
+    "1b_rotary_stored": Run("1b", dict(engine="none", batch_size=2, gradient_checkpointing=False, **ROTARY)),
+    "1b_rotary_ddp_2ranks": Run("1b", dict(engine="ddp", gpus=2, batch_size=8, **ROTARY)),
 }
 SMOKE = {
     "tiny": Run("tiny", dict(engine="none", seq_len=64)),
@@ -97,6 +103,8 @@ SMOKE = {
     "tiny_hqq": Run("tiny", dict(engine="none", seq_len=64, quant_format="hqq", modules_to_save=("lm_head",))),
     "tiny_padded": Run("tiny", dict(engine="none", seq_len=64, batch_size=2, padded=True, quant_format="int8")),
     "tiny_fsdp2_2ranks": Run("tiny", dict(engine="fsdp2", seq_len=64, gpus=2, **ACCUMULATE)),
+    "tiny_rotary": Run("tiny", dict(engine="none", seq_len=64, **ROTARY)),
+    "tiny_rotary_ddp_2ranks": Run("tiny", dict(engine="ddp", seq_len=64, gpus=2, **ROTARY | ACCUMULATE)),
     "tiny_ddp_2ranks": Run("tiny", dict(engine="ddp", seq_len=64, gpus=2)),
     "tiny_fsdp1_2ranks": Run("tiny", dict(engine="fsdp1", seq_len=64, gpus=2)),
 }

@@ -1,4 +1,8 @@
-"""One rank of planner_accuracy.py: load, train three steps, and say what each part took at its highest."""
+"""One rank of planner_accuracy.py: load, train some steps, and say what each part took at its highest.
+
+Three steps, or in rotary training two for each visit of a sweep from the embedding up to the head: moments exist from
+the second on.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,14 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, HqqConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from hf_fsdp_qlora import load_model
+from hf_fsdp_qlora import RotaryConfig, load_model, prepare_rotary
 from hf_fsdp_qlora.distributed import rank, world_size
 from hf_fsdp_qlora.memory_settings import MemorySettings
 from hf_fsdp_qlora.quantization import LinearInt8Config
+from hf_fsdp_qlora.rotary.prepare import Rotary
 
 STEPS = 3
+STEPS_PER_VISIT = 2
 
 
 def measure(folder: str, settings: MemorySettings) -> dict[str, Any]:
@@ -35,19 +41,18 @@ def measure(folder: str, settings: MemorySettings) -> dict[str, Any]:
             quantize_folder(Path(folder), Path(work) / "nf4", double_quant=settings.double_quant)
             folder = str(Path(work) / "nf4")
         parts = Parts()
-        model: Any = load_model(
-            folder,
-            quantization_config=None if settings.prequantized else quantization_config(settings),
-            peft_config=LoraConfig(
-                r=settings.lora_r, lora_dropout=settings.lora_dropout, target_modules=settings.target_modules,
-                modules_to_save=list(settings.modules_to_save) or None, task_type="CAUSAL_LM",
-            ),
-            offload=None if settings.offload == "none" else settings.offload,
-        )  # fmt: skip
-        parts.end("loading")
-        trainer = make_trainer(model, settings, work, parts)
-        watch(model.get_base_model().model, parts)
-        trainer.train()
+        rotary = None
+        if settings.method == "rotary":
+            config = rotary_config(settings)
+            model: Any = load_model(folder, rotary=config)
+            parts.end("loading")
+            rotary = prepare_rotary(model, config)
+            watch(model.model, parts)
+        else:
+            model = load_adapted(folder, settings)
+            parts.end("loading")
+            watch(model.get_base_model().model, parts)
+        make_trainer(model, settings, work, parts, rotary).train()
     highest, loading = parts.highest, parts.highest.pop("loading")
     wrapping = highest.pop("preparing")
     if settings.engine == "fsdp1":  # accelerate moves the model to the GPU there
@@ -56,6 +61,28 @@ def measure(folder: str, settings: MemorySettings) -> dict[str, Any]:
         "loading": loading, "peak": max(highest.values()), "parts": highest, "static": parts.between,
         "alive": parts.alive, "seconds": time.perf_counter() - started,
     }  # fmt: skip
+
+
+def load_adapted(folder: str, settings: MemorySettings) -> Any:
+    """A model with an adapter, as the settings say."""
+    return load_model(
+        folder,
+        quantization_config=None if settings.prequantized else quantization_config(settings),
+        peft_config=LoraConfig(
+            r=settings.lora_r, lora_dropout=settings.lora_dropout, target_modules=settings.target_modules,
+            modules_to_save=list(settings.modules_to_save) or None, task_type="CAUSAL_LM",
+        ),
+        offload=None if settings.offload == "none" else settings.offload,
+    )  # fmt: skip
+
+
+def rotary_config(settings: MemorySettings) -> RotaryConfig:
+    """The same in rotary training's words, with short visits."""
+    active = 1 if settings.active_fraction is None else f"{100 * settings.active_fraction:g}%"
+    return RotaryConfig(
+        active=active, frozen=settings.rotary_frozen, master_dtype=settings.master_dtype,  # type: ignore[arg-type]
+        order="sequential", steps_per_block=STEPS_PER_VISIT,
+    )  # fmt: skip
 
 
 def quantization_config(settings: MemorySettings) -> Any:
@@ -136,16 +163,19 @@ class _Steps(TrainerCallback):
         self.parts.end("optimizer")
 
 
-def make_trainer(model: Any, settings: MemorySettings, work: str, parts: Parts) -> SFTTrainer:
+def make_trainer(
+    model: Any, settings: MemorySettings, work: str, parts: Parts, rotary: Rotary | None = None
+) -> SFTTrainer:
     """The stock trainer on random tokens; half as many in every second sequence where batches are padded."""
     cuda = torch.cuda.is_available()
-    count = settings.batch_size * settings.gradient_accumulation_steps * STEPS * world_size()
+    steps = STEPS if rotary is None else STEPS_PER_VISIT * len(rotary.plan.visits(rotary.plan.rotating))
+    count = settings.batch_size * settings.gradient_accumulation_steps * steps * world_size()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, model.config.vocab_size, (count, settings.seq_len), generator=generator).tolist()
     if settings.padded:
         ids = [row[: settings.seq_len // (1 + index % 2)] for index, row in enumerate(ids)]
     args = SFTConfig(
-        output_dir=f"{work}/out", max_steps=STEPS, logging_steps=1, save_strategy="no", report_to=[],
+        output_dir=f"{work}/out", max_steps=steps, logging_steps=1, save_strategy="no", report_to=[],
         per_device_train_batch_size=settings.batch_size, max_length=settings.seq_len, learning_rate=1e-4,
         gradient_accumulation_steps=settings.gradient_accumulation_steps, optim=settings.optimizer,
         gradient_checkpointing=settings.gradient_checkpointing, bf16=True, use_cpu=not cuda, disable_tqdm=True,
@@ -154,7 +184,9 @@ def make_trainer(model: Any, settings: MemorySettings, work: str, parts: Parts) 
     args._n_gpu = min(args.n_gpu, 1)  # a plain process must not become DataParallel where there are two GPUs
     if rank() == 0:
         Path(args.output_dir or work).mkdir(exist_ok=True)
+    callbacks: list[TrainerCallback] = [_Steps(parts)]
     return SFTTrainer(
         model=model, args=args, train_dataset=Dataset.from_list([{"input_ids": row} for row in ids]),
-        processing_class=make_tokenizer(), callbacks=[_Steps(parts)],
+        processing_class=make_tokenizer(), callbacks=callbacks if rotary is None else [rotary.callback, *callbacks],
+        optimizer_cls_and_kwargs=None if rotary is None else rotary.optimizer(args),
     )  # fmt: skip
