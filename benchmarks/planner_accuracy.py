@@ -8,12 +8,12 @@ Needs one 80 GB GPU, which configurations share: peak *allocated* memory is coun
 disturb it. Ranks of a configuration share the GPU too. A configuration starts when its checkpoint is written and the
 planner says that it fits beside those that run. Random checkpoints go to /dev/shm where it is large enough (35 GB).
 
-Each loads with `load_model` and trains three steps with the stock SFTTrainer, in rotary training a whole sweep of short
+Each loads with `load_model` and trains three steps with the stock SFTTrainer, in rotary training a sweep of short
 visits, as the planner speaks of the most expensive one. Peaks of loading and of training are compared with
 `estimate_memory`; that of every part of a step is printed beside the planner's, so that a miss can be understood from
-one run: a part ends where the final norm runs forward, where gradients reach its output and its input, where they reach
-the last decoder layer's input, and where the optimizer begins. The table has the rank that took most; where ranks
-differ by more than 5 % before the first step, the large tensors of each are printed with what holds them. One
+one run: a part ends where the final norm runs forward, where gradients reach its output and its input, where they
+reach the last decoder layer's input, and where the optimizer begins. The table has the rank that took most; where
+ranks differ by more than 5 % before the first step, the large tensors of each are printed with what holds them. One
 configuration's failure does not end the others; the exit status is 1 if one failed or missed by more than 5 %.
 """
 
