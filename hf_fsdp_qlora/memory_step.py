@@ -184,11 +184,12 @@ def _gradients(
     if settings.gradient_accumulation_steps > 1:
         return all_gradients + (last_made if moment == END_MOMENT else 0)  # it is added to the one before
     mlp_out = sum(linear.numel for linear in shape.linears if linear.leaf in MLP_OUT)
+    tied = not shape.head_numel  # the head's share is there already, and the embedding's is added to it
     if moment == FIRST_LAYER_MOMENT:
         later = shape.layer_numel - mlp_out if visit is not None and visit.trains_first else 0
-        return all_gradients - last_made - dtype * later
+        return all_gradients - (0 if tied else last_made) - dtype * later
     if moment == END_MOMENT:
-        return all_gradients
+        return all_gradients + (last_made if tied else 0)
     if moment not in (NORM_MOMENT, LAYER_MOMENT):
         return 0
     gradients = 0

@@ -12,7 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from hf_fsdp_qlora import RotaryConfig, load_model, prepare_rotary
-from hf_fsdp_qlora.activations import FIRST_LAYER_MOMENT, FORWARD_MOMENT, HEAD_FETCH_MOMENT, LAYER_MOMENT, NORM_MOMENT
+from hf_fsdp_qlora.activations import (
+    END_MOMENT,
+    FIRST_LAYER_MOMENT,
+    FORWARD_MOMENT,
+    HEAD_FETCH_MOMENT,
+    LAYER_MOMENT,
+    NORM_MOMENT,
+)
 from hf_fsdp_qlora.memory_settings import MemorySettings, trainable_parameters
 from hf_fsdp_qlora.memory_step import CUBLAS_BYTES, moments_of_step
 from hf_fsdp_qlora.memory_visits import Visit, rotary_visits
@@ -27,6 +34,7 @@ SIZES: dict[str, Any] = dict(
     vocab_size=4096, max_position_embeddings=1024,
 )  # fmt: skip
 TOKENS = 768
+FEW_TOKENS = 32
 SWEEPS = 200
 
 
@@ -62,7 +70,7 @@ def test_no_visit_of_a_plan_exceeds_the_planners(fraction: float | None, tied: b
         assert seen == {key: visit.numel for key, visit in planned.items()}
 
 
-def step_peaks(path: Path, active: tuple[str, ...], checkpointing: bool) -> tuple[int, int, int]:
+def step_peaks(path: Path, active: tuple[str, ...], checkpointing: bool, tokens: int) -> tuple[int, int, int]:
     """With these blocks active: bytes before a step, the most of its forward, and of its backward from the norm."""
     config = RotaryConfig(active="30%")
     model: Any = load_model(path, rotary=config, dtype=torch.bfloat16)
@@ -88,14 +96,15 @@ def step_peaks(path: Path, active: tuple[str, ...], checkpointing: bool) -> tupl
 
     model.model.norm.register_forward_pre_hook(end)
     model.model.norm.register_forward_hook(lambda _, __, output: output.register_hook(end) and None)
-    tokens = torch.randint(0, SIZES["vocab_size"], (1, TOKENS))
+    ids = torch.randint(0, SIZES["vocab_size"], (1, tokens))
     with living:
-        model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss.backward()
+        model(input_ids=ids, labels=ids, fused_lm_head=True).loss.backward()
     end()
     forward, _, backward = found
     return before, forward, backward
 
 
+TIED: tuple[tuple[str, ...], Visit] = (("embedding",), Visit(True, True, 0, 6, False, False, 0, 0))
 VISITS: dict[str, tuple[tuple[str, ...], Visit]] = {
     "first_and_last": (("layer 0", "layer 5"), Visit(False, False, 2, 6, True, True, 0, 0)),
     "middle": (("layer 2", "layer 3"), Visit(False, False, 2, 4, False, True, 0, 0)),
@@ -111,16 +120,23 @@ def with_sizes(visit: Visit, shape: ModelShape) -> Visit:
     return Visit(*places, outside_numel=outside, numel=outside + visit.layers * shape.layer_numel)
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [*product(VISITS, [True, False])])
-def test_a_step_of_a_visit_takes_what_the_planner_says(name: str, checkpointing: bool, tmp_path: Path) -> None:
-    """Within 5 %, the planner's own goal, of all that comes on top; the head's backward is another one on a CPU."""
-    original: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "tied", "tokens"),
+    [*product(VISITS, [True, False], [False], [TOKENS]), ("embedding", True, False, FEW_TOKENS),
+     ("tied_embedding", True, True, FEW_TOKENS)],
+)  # fmt: skip
+def test_a_step_of_a_visit_takes_what_the_planner_says(
+    name: str, checkpointing: bool, tied: bool, tokens: int, tmp_path: Path
+) -> None:
+    """Within 5 %, the planner's own goal, of all that comes on top; the head's backward is another one on a CPU. With
+    few tokens the most is the embedding's gradient, where CUDA's own sums of it are small."""
+    original: Any = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
     original.to(torch.bfloat16).save_pretrained(tmp_path)
     shape = model_shape(tmp_path)
-    active, visit = VISITS[name]
-    settings = MemorySettings(method="rotary", engine="none", seq_len=TOKENS, gradient_checkpointing=checkpointing)
+    active, visit = (VISITS | {"tied_embedding": TIED})[name]
+    settings = MemorySettings(method="rotary", engine="none", seq_len=tokens, gradient_checkpointing=checkpointing)
     moments = moments_of_step(shape, settings, with_sizes(visit, shape))
-    before, forward, backward = step_peaks(tmp_path, active, checkpointing)
+    before, forward, backward = step_peaks(tmp_path, active, checkpointing, tokens)
     static = sum(moments[FORWARD_MOMENT][kind] for kind in ("weights", "statistics", "other_weights", "adapters"))
     assert before == pytest.approx(static, rel=0.01)
 
@@ -128,5 +144,7 @@ def test_a_step_of_a_visit_takes_what_the_planner_says(name: str, checkpointing:
         most = max(sum(moments[moment].values()) for moment in names)
         return most - static - moments[FORWARD_MOMENT]["optimizer"] - CUBLAS_BYTES
 
-    assert forward - before == pytest.approx(planned(FORWARD_MOMENT, HEAD_FETCH_MOMENT), rel=0.05)
-    assert backward - before == pytest.approx(planned(NORM_MOMENT, LAYER_MOMENT, FIRST_LAYER_MOMENT), rel=0.05)
+    last = planned(NORM_MOMENT, LAYER_MOMENT, FIRST_LAYER_MOMENT, END_MOMENT)
+    assert backward - before == pytest.approx(last, rel=0.05)
+    if tokens == TOKENS:  # the weight that is dequantised within a product is not seen, and counts with few tokens
+        assert forward - before == pytest.approx(planned(FORWARD_MOMENT, HEAD_FETCH_MOMENT), rel=0.05)
