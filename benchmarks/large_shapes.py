@@ -7,18 +7,23 @@ Makes a random model of that shape in bitsandbytes NF4 with double quantisation,
 own quantiser (the 16-bit model never exists), and trains LoRA on all linear layers through the stock SFTTrainer, every
 sequence length in fresh processes. Quantised once, one layer's bytes stand for all layers, unless --distinct-layers.
 Each rank is capped with `set_per_process_memory_fraction`, less what CUDA and NCCL take themselves (`--reserve-gib`),
-so one large GPU stands in for small cards; ranks that outnumber the GPUs share one. Quantised bytes are checked
-against their fingerprints before the first step and after the last. Random weights: losses only show that they are
-finite and equal on all ranks. Every figure is printed as soon as it is known; a run that does not fit is a line of its
-own, and the next one begins. `--stock` shows what transformers does with the same folder under the same cap.
+so one large GPU stands in for small cards; ranks that outnumber the GPUs share one. "card in use" is what the driver
+says of the whole GPU after the last step: whether all of it stayed within the small card, if the rank has the GPU to
+itself. Ranks allocate with `PYTORCH_ALLOC_CONF=expandable_segments:True` unless --no-expandable. Quantised bytes are
+checked against their fingerprints before the first step and after the last. Random weights: losses only show that they
+are finite and equal on all ranks. Every figure is printed as soon as it is known; a run that does not fit is a line of
+its own, and the next one begins. `--stock` shows what transformers does with the same folder under the same cap.
+`--keep` names a folder for the models, to be used by the next call too.
 
-Host memory is RssAnon + RssShmem of a rank at its highest: what the process allocated, page cache left out.
-`--replicate-head` and `--embedding-on-host` concern vocabularies above 100,000 only.
+Host memory is RssAnon + RssShmem of a rank at its highest: what the process allocated, page cache left out; "pinned"
+are the pinned blocks that its parameters lie in. `--replicate-head` and `--embedding-on-host` concern vocabularies
+above 100,000 only.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
 import time
@@ -26,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launch import FSDP2_ENV, describe_machine, run_ranks
+from launch import FSDP2_ENV, run_ranks
 from peak_memory import PeakMemory
-from random_folders import quantize_random, write_folders
+from random_folders import quantize_random, write_models
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -45,32 +51,27 @@ GIB = 2**30
 STEPS = 3
 LARGE_VOCABULARY = 100_000
 COLUMNS = ("vocabulary", "tokens", "rank", "load s", "peak loading GiB", "peak training GiB", "planner GiB",
-           "reserved GiB", "card in use GiB", "host peak GiB", "s per step", "losses")  # fmt: skip
+           "reserved GiB", "card in use GiB", "host peak GiB", "pinned GiB", "s per step", "losses")  # fmt: skip
 TABLE = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 
 def main() -> None:
     args = parse_arguments()
-    folder = Path(tempfile.mkdtemp(dir=args.folder))
-    say(describe_machine())
+    if args.expandable:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read by the processes that are started
+    folder = Path(tempfile.mkdtemp(dir=args.folder)) if args.keep is None else args.keep
     try:
-        started = time.perf_counter()
-        if args.distinct_layers:
-            models = {vocab: quantize_random(folder, f"nf4-{vocab}", SHAPES[args.shape], vocab)
-                      for vocab in args.vocab_size}  # fmt: skip
-        else:
-            models = write_folders(folder, SHAPES[args.shape], args.vocab_size)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # this process stays on the card while the ranks run
-        made = sum(file.stat().st_size for file in {f.stat().st_ino: f for f in folder.rglob("*.safe*")}.values())
-        say(f"{len(models)} folder(s), {made / GIB:.2f} GiB, written in {time.perf_counter() - started:.1f} s")
+        models = run_ranks(write_models, folder, SHAPES[args.shape], args.vocab_size, args.distinct_layers,
+                           world_size=1, process_group=False)[0]  # fmt: skip
         lines = [line for vocab, path in models.items() for line in run_model(args, vocab, path)]
     finally:
-        shutil.rmtree(folder)
+        if args.keep is None:
+            shutil.rmtree(folder)
     say(
         f"\n{args.shape}, {args.ranks} rank(s) of {args.card_gib:g} GiB ({args.reserve_gib:g} GiB kept for CUDA and "
         f"NCCL), batch {args.batch_size}, LoRA r={args.lora_r} {args.adapter_dtype}, {args.optim}, offload "
-        f"{args.offload}, layers {'distinct' if args.distinct_layers else 'alike'}\n{TABLE}"
+        f"{args.offload}, layers {'distinct' if args.distinct_layers else 'alike'}, expandable segments "
+        f"{'on' if args.expandable else 'off'}\n{TABLE}"
     )
     say("\n".join(lines))
 
@@ -81,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[32000])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--card-gib", type=float, default=24.0, help="memory of the card that is stood in for")
-    parser.add_argument("--reserve-gib", type=float, default=0.8, help="of which CUDA and NCCL take this much")
+    parser.add_argument("--reserve-gib", type=float, default=1.6, help="of which CUDA and NCCL take this much")
     parser.add_argument("--seq-len", type=int, nargs="+", default=[512])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--lora-r", type=int, default=16)
@@ -93,7 +94,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--activation-offloading", action="store_true", help="TRL's: activations in host memory")
     parser.add_argument("--distinct-layers", action="store_true", help="quantise every layer from values of its own")
     parser.add_argument("--stock", action="store_true", help="load each folder with transformers first")
+    parser.add_argument("--expandable", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--folder", help="where the model is written for the time of the run")
+    parser.add_argument("--keep", type=Path, help="a folder to leave the model in; one that is there is used")
     return parser.parse_args()
 
 
@@ -128,6 +131,7 @@ def run_model(args: argparse.Namespace, vocab_size: int, path: Path) -> list[str
         say(f"{time.perf_counter() - started:.0f} s in all")
         lines += [row(vocab_size, seq_len, rank, planned, result) for rank, result in enumerate(results)]
         say("\n".join([TABLE, *lines[-len(results) :]]))
+        say(f"host memory of all ranks: {sum(result['host'] for result in results):.2f} GiB at most")
         check(results)
     return lines
 
@@ -223,8 +227,15 @@ def train(model_path: str, args: dict[str, Any], options: dict[str, bool]) -> di
         check_integrity(model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     rank_says(f"trained; {rows_checked} rows byte-equal before and after")
-    return {"loaded": loaded, "trained": trained, "host": host.peak_bytes / GIB, "seconds": steps.seconds,
-            "losses": losses}  # fmt: skip
+    return {"loaded": loaded, "trained": trained, "host": host.peak_bytes / GIB, "pinned": pinned_bytes(model) / GIB,
+            "seconds": steps.seconds, "losses": losses}  # fmt: skip
+
+
+def pinned_bytes(model: torch.nn.Module) -> int:
+    """Of the pinned blocks of host memory that the parameters' local shards lie in."""
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    storages = [shard.untyped_storage() for shard in local if shard.device.type == "cpu" and shard.is_pinned()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def make_trainer(model: Any, output_dir: str, args: dict[str, Any], steps: Steps) -> Any:
@@ -265,7 +276,8 @@ def row(vocab_size: int, seq_len: int, rank: int, planned: float, result: dict[s
     return (
         f"| {vocab_size} | {seq_len} | {rank} | {loaded['load_s']:.1f} | {loaded['peak']:.2f} | {trained['peak']:.2f} "
         f"| {planned:.2f} | {trained['reserved']:.2f} | {trained['card']:.2f} | {result['host']:.2f} | "
-        f"{sum(later) / len(later):.2f} | {', '.join(f'{loss:.4f}' for loss in result['losses'])} |"
+        f"{result['pinned']:.2f} | {sum(later) / len(later):.2f} | "
+        f"{', '.join(f'{loss:.4f}' for loss in result['losses'])} |"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from launch import describe_machine
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
@@ -63,6 +65,32 @@ def quantize_random(folder: Path, output: str, shape: dict[str, Any], vocab_size
         tensors=tensors(),
     )  # fmt: skip
     return folder / output
+
+
+def write_models(folder: Path, shape: dict[str, Any], vocab_sizes: Sequence[int], distinct: bool) -> dict[int, Path]:
+    """A quantised folder for each vocabulary, with the machine's name and the time it took printed.
+
+    For a process of its own, whose CUDA context ends with it. A folder that was finished before is taken as it is.
+
+    Args:
+        distinct: quantise every layer from values of its own.
+    """
+    started = time.perf_counter()
+    print(describe_machine(), flush=True)
+    models: dict[int, Path] = {}
+    for vocab_size in vocab_sizes:
+        place = folder / f"{'distinct' if distinct else 'alike'}-{vocab_size}"
+        done = place / "done"
+        if not done.exists():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            made = (quantize_random(place, "nf4", shape, vocab_size) if distinct
+                    else write_folders(place, shape, [vocab_size])[vocab_size])  # fmt: skip
+            done.write_text(made.name)
+        models[vocab_size] = place / done.read_text()
+    size = sum(file.stat().st_size for model in models.values() for file in model.glob("*.safetensors"))
+    print(f"{len(models)} folder(s), {size / 2**30:.2f} GiB, after {time.perf_counter() - started:.1f} s", flush=True)
+    return models
 
 
 def write_folders(folder: Path, shape: dict[str, Any], vocab_sizes: Sequence[int]) -> dict[int, Path]:
