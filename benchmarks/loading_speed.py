@@ -1,6 +1,6 @@
 """How fast a 16-bit checkpoint becomes quantised weights on one device, beside stock transformers.
 
-    python3 benchmarks/loading_speed.py --shape llama-8b --folder /dev/shm --repeats 2 [--cold]
+    python3 benchmarks/loading_speed.py --shape llama-8b --folder /dev/shm --repeats 2 [--ranks 1 2] [--cold]
 
 Writes a random bf16 model and loads it with both stacks: NF4 with double quantisation, with and without LoRA.
 Each load is timed from the call to a synchronised device, in a process in which a small model was loaded before, so
@@ -8,7 +8,9 @@ that starting CUDA is in no figure. Some weights of the two must be bit-identica
 
 "stream" reads the same bytes to the device and drops them: no load can be faster. `--threads` tries numbers of reader
 threads for it. `--cold` drops the files from the page cache before a load, and says how fast the disk is read by as
-many threads that do nothing else; it needs a folder on a disk.
+many threads that do nothing else; it needs a folder on a disk. `--ranks` loads in so many new processes too, under
+FSDP2 from two on (a GPU each where there are as many), warmed up by the small model as well: the slowest rank's time,
+and the bytes that all ranks together asked the files for, which must be the checkpoint's.
 
 Phases are seconds inside the functions that `load_model` calls; "fill" is reading, quantising and storing.
 """
@@ -24,27 +26,35 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from large_shapes import SHAPES
-from launch import describe_machine
+from launch import FSDP2_ENV, describe_machine, run_ranks
 from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from hf_fsdp_qlora import QuantizedLinear, checkpoint, load_model, loading
+from hf_fsdp_qlora.adapter_source import AdapterSource
 from hf_fsdp_qlora.checkpoint import TensorSlice, index_checkpoint, stream_slices
 from hf_fsdp_qlora.safetensors_stream import SafetensorsWriter, TensorInfo
 
 FILE_BYTES = 4 * 2**30
-PHASES = (
-    "build_skeleton", "replace_linears", "index_checkpoint", "match_checkpoint", "_inject_adapter",
-    "_shard_and_allocate", "fill", "_fill_adapter", "check_integrity", "attach", "make_report",
-)  # fmt: skip
+PHASES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("build_skeleton", "replace_linears", "index_checkpoint", "match_checkpoint", "_shard_and_allocate", "fill",
+         "check_integrity", "attach", "make_report"), loading),
+    **dict.fromkeys(("AdapterSource.inject", "AdapterSource.fill"), AdapterSource),
+}  # fmt: skip
+"""Where each function is looked up."""
+
 COMPARED = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")
+LOADS = ("stock", "ours", "ours with LoRA")
 CUDA = torch.cuda.is_available()
 
 
@@ -53,12 +63,13 @@ def main() -> None:
     device = torch.device("cuda", 0) if CUDA else torch.device("cpu")
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
-        num_bytes = write_checkpoint(folder / "model", SHAPES[args.shape], args.vocab_size)
+        shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+        num_bytes = write_checkpoint(folder / "model", shape, args.vocab_size)
         write_checkpoint(folder / "small", SHAPES["tiny"], 256)
         load_ours(folder / "small", None)
         load_stock(folder / "small")
         print(describe_machine())
-        print(f"{args.shape}, {num_bytes / 1e9:.2f} GB of bf16")
+        print(f"{args.shape}, {shape['num_hidden_layers']} layers, {num_bytes / 1e9:.2f} GB of bf16", flush=True)
         compare(folder / "model")
         print("| what | s | GB/s |")
         print("| --- | --- | --- |")
@@ -69,19 +80,24 @@ def main() -> None:
             "ours": lambda: load_ours(folder / "model", None),
             "ours with LoRA": lambda: load_ours(folder / "model", LoraConfig(r=16, target_modules="all-linear")),
         }
-        for name, load in loads.items():
+        for name in args.loads:
             for _ in range(args.repeats):
                 with phases() as seconds:
-                    timed(name, load, num_bytes)
+                    timed(name, loads[name], num_bytes)
                 if seconds:
                     print("|   " + ", ".join(f"{key} {value:.3f}" for key, value in seconds.items()) + " | | |")
+        for ranks in args.ranks:
+            load_in_ranks(folder, ranks, args.repeats, num_bytes, "")
         if args.cold:
             files = sorted((folder / "model").glob("*.safetensors"))
             evict(files)
             timed("disk alone", lambda: read_only(files), num_bytes)
-            for name in ("stock", "ours"):
+            for name in args.loads:
                 evict(files)
                 timed(f"{name}, cold", loads[name], num_bytes)
+            for ranks in args.ranks:
+                evict(files)
+                load_in_ranks(folder, ranks, 1, num_bytes, ", cold")
     finally:
         shutil.rmtree(folder)
 
@@ -89,7 +105,10 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than the shape has")
     parser.add_argument("--vocab-size", type=int, default=128256)
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--ranks", type=int, nargs="*", default=[])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, nargs="*", default=[checkpoint.READER_THREADS])
     parser.add_argument("--cold", action="store_true")
@@ -109,29 +128,64 @@ def timed(name: str, action: Callable[[], Any], num_bytes: int) -> None:
     print(f"| {name} | {seconds:.3f} | {num_bytes / seconds / 1e9:.1f} |", flush=True)
 
 
+def load_in_ranks(folder: Path, ranks: int, repeats: int, num_bytes: int, suffix: str) -> None:
+    """Load in new processes and print a row for each time.
+
+    Raises:
+        RuntimeError: the ranks did not ask for each byte of the checkpoint once.
+    """
+    results = run_ranks(
+        time_loads, folder, repeats, world_size=ranks, env=FSDP2_ENV if ranks > 1 else None, process_group=ranks > 1
+    )
+    for loads in zip(*results, strict=True):
+        seconds, read = max(load[0] for load in loads), sum(load[1] for load in loads)
+        if read != num_bytes:
+            raise RuntimeError(f"{ranks} rank(s) read {read} bytes of a checkpoint of {num_bytes}")
+        each = ", ".join(f"{load[1] / 1e9:.3f}" for load in loads)
+        print(
+            f"| ours, {ranks} rank(s){suffix}; GB read by each: {each} | {seconds:.3f} | "
+            f"{num_bytes / seconds / 1e9:.1f} |",
+            flush=True,
+        )
+
+
+def time_loads(folder: Path, repeats: int) -> list[tuple[float, int]]:
+    """One rank: seconds until its GPU has its share, and the bytes it read, for every load."""
+    load_ours(folder / "small", None)
+    results = []
+    for _ in range(repeats):
+        if dist.is_initialized():
+            dist.barrier()
+        started = time.perf_counter()
+        model: Any = load_ours(folder / "model", None)
+        if CUDA:
+            torch.cuda.synchronize()
+        results.append((time.perf_counter() - started, model.load_report.read_bytes))
+        del model
+        gc.collect()
+    return results
+
+
 @contextmanager
 def phases() -> Iterator[dict[str, float]]:
     """Seconds inside each function of `PHASES` while the block runs."""
     seconds: dict[str, float] = {}
-    originals = {name: getattr(loading, name) for name in PHASES}
 
-    def watched(name: str) -> Callable[..., Any]:
+    def watched(phase: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             try:
-                return originals[name](*args, **kwargs)
+                return original(*args, **kwargs)
             finally:
-                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+                seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
 
         return call
 
-    for name in PHASES:
-        setattr(loading, name, watched(name))
-    try:
+    with ExitStack() as stack:
+        for phase, owner in PHASES.items():
+            name = phase.rpartition(".")[2]
+            stack.enter_context(mock.patch.object(owner, name, watched(phase, getattr(owner, name))))
         yield seconds
-    finally:
-        for name, original in originals.items():
-            setattr(loading, name, original)
 
 
 def load_stock(folder: Path) -> nn.Module:
