@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from hf_fsdp_qlora.quantization.bitsandbytes import dynamic_map
-from hf_fsdp_qlora.rotary.moments import Moments, merge_states, split_state
+from hf_fsdp_qlora.rotary import moments
+from hf_fsdp_qlora.rotary.moments import Moments, Parts, gather_states, merge_states, split_state
 
 
 def test_kept_moments_in_8_bit_are_close_and_never_lose_a_second_moment() -> None:
@@ -45,3 +47,23 @@ def test_states_are_merged_and_split_exactly() -> None:
     assert [whole[key].numel() for key in ("state1", "absmax1", "qmap1")] == [1324, 6, 256]
     for piece, again in zip(pieces, split_state(whole, sizes), strict=True):
         assert all(torch.equal(again[key], value) for key, value in piece.items())
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_pieces_are_kept_as_the_whole_would_be(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces end where neither rows of the 8-bit format nor the runs that are compressed at once do."""
+    sizes = [5120, 5120, 5120, 5120, 4001]
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(sum(sizes), generator=generator)
+    whole = {"exp_avg": first, "exp_avg_sq": first.square(), "step": torch.tensor(3.0)}
+    expected = Moments(bits)
+    expected.put("w", whole)
+    monkeypatch.setattr(moments, "COMPRESS_ELEMENTS", 8192)
+    gathered = gather_states(split_state(whole, sizes), sizes)
+    assert isinstance(gathered["exp_avg"], Parts)
+    actual = Moments(bits)
+    actual.put("w", gathered)
+    assert actual.kept["w"].keys() == expected.kept["w"].keys()
+    for key, value in expected.kept["w"].items():
+        kept = actual.kept["w"][key]
+        assert torch.equal(kept, value) if isinstance(value, torch.Tensor) else kept == value, key

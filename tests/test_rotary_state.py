@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from hf_fsdp_qlora.checkpoint import StoredTensor, index_checkpoint
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.rotary.masters import Masters, slice_bounds
-from hf_fsdp_qlora.rotary.moments import Moments
+from hf_fsdp_qlora.rotary.moments import Moments, Parts
 from hf_fsdp_qlora.rotary.state import load_state, save_state
 from hf_fsdp_qlora.safetensors_stream import SafetensorsWriter
 from tests.distributed import run_distributed
@@ -153,6 +153,16 @@ def _save_mixed(stored: dict[str, StoredTensor], folder: Path) -> None:
     if rank == 1:
         moments["long"] = {"state1": torch.zeros(len(moments["long"]["state1"])), "step": 9}
     save_state(folder, masters, moments, ROTATION)
+
+
+def test_a_state_in_parts_is_saved_as_one(stored: dict[str, StoredTensor], tmp_path: Path) -> None:
+    masters, moments = divided(stored, 0, 1)
+    state = moments["long"]
+    parts = {key: Parts(state[key].split(sizes)) for key, sizes in (("state1", 2048), ("absmax1", 8))}
+    save_state(tmp_path / "whole", masters, moments, ROTATION)
+    save_state(tmp_path / "parts", masters, {**moments, "long": {**state, **parts}}, ROTATION)
+    file = "rotary/rank-00000-of-00001.safetensors"
+    assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_masters_in_bfloat16(stored: dict[str, StoredTensor], tmp_path: Path) -> None:

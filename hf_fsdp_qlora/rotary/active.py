@@ -209,6 +209,10 @@ class ActiveSet:
     def _activate(self, owner: RotaryParameter) -> ActiveSlice:
         parameter = owner.parameter
         self._touched.add(owner.name)
+        # What stood for it goes first: its master has everything, and an embedding is large.
+        parameter.data = parameter.data.new_empty(0)
+        if owner.layer is not None:
+            _release_rows(owner.layer)
         bounds = self.masters.slice_bounds(owner.name)
         flat = torch.empty(self.masters.padded_numel(owner.name), dtype=parameter.dtype, device=self.device)
         weights = flat[bounds[0] : bounds[1]]
@@ -221,8 +225,6 @@ class ActiveSet:
         _gather(flat)
         parameter.data = flat[: owner.shape.numel()].view(owner.shape)
         parameter.requires_grad_(True)
-        if owner.layer is not None:
-            _release_rows(owner.layer)
         return ActiveSlice(owner, flat, values, bounds)
 
     def _park(self, owner: RotaryParameter) -> None:

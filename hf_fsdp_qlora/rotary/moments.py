@@ -2,7 +2,8 @@
 
 A state is what the inner optimizer keeps for a flat slice: vectors as long as the slice (Adam's moments), for 8-bit
 optimizers their codes and a vector of block scales, and what all pieces of a slice share (step counters, code books).
-The optimizer may cut a slice in pieces; a state here is always the whole slice's.
+The optimizer may cut a slice in pieces, and a slice can be an embedding's: its moments are never joined on the device.
+What was cut is handed on as `Parts`, and whoever writes it, to the host or to a file, takes one after the other.
 
 In 8 bit, a float32 vector is stored in bitsandbytes' blockwise dynamic type, one without negative values as its square
 root, so that Adam's second moments keep the range of the first. What rounds to zero there becomes the smallest value
@@ -11,7 +12,8 @@ that its block can hold: dividing by the root of a lost second moment would be a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +26,52 @@ OPTIMIZER_BLOCK = 256
 """Weights under one scale in bitsandbytes' 8-bit optimizers."""
 _BLOCK = 128
 """Weights under one scale in kept moments."""
+COMPRESS_ELEMENTS = 2**24
+"""Moments that are compressed at once: bounds the temporary memory. A multiple of the 8-bit format's rows."""
 _CODES, _SCALES, _ROOT = "/codes", "/scales", "/root"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A vector that is in several tensors.
+
+    Args:
+        tensors: one or more, each (n,), of one dtype and device, in order.
+    """
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors."""
+        return self.tensors[0].dtype
+
+    @property
+    def numel(self) -> int:
+        """Elements of the vector."""
+        return sum(part.numel() for part in self.tensors)
+
+    def joined(self, device: torch.device | str) -> Tensor:
+        """(numel,) a copy of the vector in one tensor."""
+        whole = torch.empty(self.numel, dtype=self.dtype, device=device)
+        for room, part in zip(whole.split([part.numel() for part in self.tensors]), self.tensors, strict=True):
+            room.copy_(part)
+        return whole
+
+    def runs(self, size: int) -> Iterator[Tensor]:
+        """The vector, `size` elements at a time (the last run may be shorter), wherever the tensors end."""
+        run: list[Tensor] = []
+        missing = size
+        for part in self.tensors:
+            while part.numel():
+                taken, part = part[:missing], part[missing:]
+                run.append(taken)
+                missing -= taken.numel()
+                if not missing:
+                    yield torch.cat(run) if len(run) > 1 else run[0]
+                    run, missing = [], size
+        if run:
+            yield torch.cat(run) if len(run) > 1 else run[0]
 
 
 class Moments:
@@ -39,7 +86,7 @@ class Moments:
         self.kept: dict[str, dict[str, Any]] = {}
 
     def put(self, name: str, state: dict[str, Any]) -> None:
-        """Copy a state to the host, compressed if asked for."""
+        """Copy a state to the host, compressed if asked for, a part at a time."""
         if state:
             self.kept[name] = _compress(state) if self.bits == 8 else {k: _to(v, "cpu") for k, v in state.items()}
 
@@ -53,8 +100,8 @@ class Moments:
         return sum(v.nbytes for state in self.kept.values() for v in state.values() if isinstance(v, Tensor))
 
 
-def merge_states(states: Sequence[dict[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:
-    """The state of a slice from those of its pieces, in order.
+def gather_states(states: Sequence[dict[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:
+    """The state of a slice from those of its pieces, in order, without a copy: what was cut becomes `Parts`.
 
     Args:
         sizes: elements of each piece.
@@ -62,9 +109,15 @@ def merge_states(states: Sequence[dict[str, Any]], sizes: Sequence[int]) -> dict
     if len(states) <= 1 or not all(states):
         return dict(states[0]) if states else {}
     return {
-        key: torch.cat([state[key] for state in states]) if _is_cut(key, states[0][key], sizes[0]) else states[0][key]
-        for key in states[0]
+        key: Parts(tuple(state[key] for state in states)) if _is_cut(key, value, sizes[0]) else value
+        for key, value in states[0].items()
     }
+
+
+def merge_states(states: Sequence[dict[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:
+    """`gather_states`, with every vector in one tensor, on the host."""
+    gathered = gather_states(states, sizes)
+    return {key: value.joined("cpu") if isinstance(value, Parts) else value for key, value in gathered.items()}
 
 
 def split_state(state: dict[str, Any], sizes: Sequence[int]) -> list[dict[str, Any]]:
@@ -118,15 +171,22 @@ def _compress(state: dict[str, Any]) -> dict[str, Any]:
     backend = backend_for_config(DynamicInt8Config(_BLOCK), torch.float32)
     small: dict[str, Any] = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() != 1:
+        vector = Parts((value,)) if isinstance(value, Tensor) and value.dim() == 1 else value
+        if not isinstance(vector, Parts) or vector.dtype != torch.float32:
             small[key] = _to(value, "cpu")
             continue
-        is_square = bool((value >= 0).all())
-        codes, scales = backend.quantize(value.sqrt() if is_square else value, value.numel(), lambda rows: rows)
-        small[key + _CODES], small[key + _SCALES] = codes.cpu(), scales.cpu()
-        small[key + _ROOT] = (value.numel(), is_square)
+        is_square = all(bool(part.min() >= 0) for part in vector.tensors)
+        codes, scales = [], []
+        for run in vector.runs(COMPRESS_ELEMENTS):
+            made = backend.quantize(run.sqrt() if is_square else run, run.numel(), lambda rows: rows)
+            codes.append(made[0].cpu())
+            scales.append(made[1].cpu())
+        small[key + _CODES], small[key + _SCALES] = torch.cat(codes), torch.cat(scales)
+        small[key + _ROOT] = (vector.numel, is_square)
     return small
 
 
 def _to(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Parts):
+        return value.joined(device)
     return value.to(device, copy=True) if isinstance(value, Tensor) else value

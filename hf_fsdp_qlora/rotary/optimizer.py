@@ -28,7 +28,7 @@ from transformers import Trainer, TrainingArguments
 from hf_fsdp_qlora.distributed import rank
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.rotary.active import ActiveSet, ActiveSlice
-from hf_fsdp_qlora.rotary.moments import OPTIMIZER_BLOCK, Moments, merge_states, split_state
+from hf_fsdp_qlora.rotary.moments import OPTIMIZER_BLOCK, Moments, gather_states, split_state
 
 PIECE_ELEMENTS = 2**24
 """Weights that are stepped in float32 at once. A multiple of every blockwise optimizer's block."""
@@ -127,20 +127,20 @@ class RotaryOptimizer(torch.optim.Optimizer):
                     self._inner.state[piece.key] = self._with_counters(own, piece.group)
 
     def retire(self, names: Iterable[str], *, keep: bool) -> None:
-        """Stop training parameters that are about to be parked.
+        """Stop training parameters that are about to be parked, and free their moments: parking has that room.
 
         Args:
             keep: their moments, on the host.
         """
         for name in names:
-            state = self._state_of(name)
+            if keep:
+                self._moments.put(name, self._state_of(name))
             for piece in self._pieces.pop(name):
                 self._inner.state.pop(piece.key, None)
-            if keep:
-                self._moments.put(name, state)
 
     def moments(self) -> dict[str, dict[str, Any]]:
-        """The inner optimizer's state of each active parameter, flat over this rank's slice; not a copy."""
+        """The inner optimizer's state of each active parameter, over this rank's slice: not a copy, so in `Parts`
+        where it steps in pieces."""
         return {name: self._state_of(name) for name in self._pieces}
 
     def state_bytes(self) -> int:
@@ -203,7 +203,7 @@ class RotaryOptimizer(torch.optim.Optimizer):
     def _state_of(self, name: str) -> dict[str, Any]:
         pieces = self._pieces[name]
         states = [self._inner.state.get(piece.key, {}) for piece in pieces]
-        return merge_states(states, [piece.numel for piece in pieces])
+        return gather_states(states, [piece.numel for piece in pieces])
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

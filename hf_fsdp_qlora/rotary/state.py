@@ -34,7 +34,7 @@ from torch import Tensor
 from hf_fsdp_qlora.distributed import same_outcome
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.rotary.masters import Masters, slice_bounds
-from hf_fsdp_qlora.rotary.moments import expand_state, merge_states, split_state
+from hf_fsdp_qlora.rotary.moments import Parts, expand_state, merge_states, split_state
 from hf_fsdp_qlora.safetensors_stream import SafetensorsWriter, TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def save_state(
     Args:
         checkpoint: the trainer's folder, created if needed.
         masters: up to date, those of active blocks too.
-        moments: optimizer states of this rank's slices by parameter: tensors and JSON values.
+        moments: optimizer states of this rank's slices by parameter: tensors, `Parts` and JSON values.
         rotation: for JSON, the same on every rank.
 
     Raises:
@@ -70,12 +70,13 @@ def save_state(
                 unfinished.unlink()
     with same_outcome(f"saving the masters to {folder}"):
         tensors, values = _flatten(masters, moments)
-        infos = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+        infos = {key: _info(tensor) for key, tensor in tensors.items()}
 
         def write(path: Path) -> None:
             with SafetensorsWriter(path, infos, {_VALUES: json.dumps(values)}) as writer:
                 for tensor in tensors.values():
-                    writer.append(tensor)
+                    for part in tensor.tensors if isinstance(tensor, Parts) else (tensor,):
+                        writer.append(part)
 
         _put_in_place(folder / _file_name(masters.rank, masters.world_size), write)
     with same_outcome(f"finishing {folder}"):
@@ -109,19 +110,23 @@ def load_state(checkpoint: Path, masters: Masters) -> tuple[dict[str, OptimizerS
 
 def _flatten(
     masters: Masters, moments: Mapping[str, OptimizerState]
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Tensor | Parts], dict[str, dict[str, Any]]]:
     """Tensors by their names in the file, wide items first so that all are aligned, and the rest by parameter."""
-    tensors = {f"{_MASTER}/{name}": tensor for name, tensor in masters.trained()}
+    tensors: dict[str, Tensor | Parts] = {f"{_MASTER}/{name}": tensor for name, tensor in masters.trained()}
     tensors |= {f"{_START}/{name}": tensor for name, tensor in masters.starts()}
     values: dict[str, dict[str, Any]] = {}
     for name, state in moments.items():
         values[name] = {}
         for key, value in state.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, (Tensor, Parts)):
                 tensors[f"{_MOMENT}/{name}/{key}"] = value
             else:
                 values[name][key] = value
-    return dict(sorted(tensors.items(), key=lambda entry: -entry[1].itemsize)), values
+    return dict(sorted(tensors.items(), key=lambda entry: -entry[1].dtype.itemsize)), values
+
+
+def _info(tensor: Tensor | Parts) -> TensorInfo:
+    return TensorInfo(tensor.dtype, (tensor.numel,) if isinstance(tensor, Parts) else tuple(tensor.shape))
 
 
 def _finish(folder: Path, masters: Masters, rotation: Mapping[str, Any]) -> None:
