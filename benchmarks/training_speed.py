@@ -19,7 +19,6 @@ Variants, all with gradient checkpointing unless they say otherwise:
   some            compiled, the first `--checkpoint-layers` layers recomputed, the others keep their activations
   none            compiled, nothing recomputed
   budget:X        compiled, the compiler recomputes inside the layers to an `activation_budget` of X
-  graphs:X        the same, recorded as CUDA graphs
 
 `VARIANT@N` runs with a batch of N, whatever `--batch` says.
 
@@ -108,10 +107,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def variant_name(text: str) -> str:
-    """One of `VARIANTS`, or "budget:X" or "graphs:X", and "@N" behind it or not."""
+    """One of `VARIANTS`, or "budget:X", and "@N" behind it or not."""
     variant, _, batch_size = text.partition("@")
     kind, _, budget = variant.partition(":")
-    if kind in ("budget", "graphs"):
+    if kind == "budget":
         float(budget)
     elif variant not in VARIANTS:
         raise ValueError(text)
@@ -182,9 +181,9 @@ def load_ours(model_path: str, variant: str, checkpoint_layers: int) -> nn.Modul
     kind, _, budget = variant.partition(":")
     return load_model(
         model_path, peft_config=lora_config(), dtype=torch.bfloat16,
-        compile_layers=kind in ("compiled", "opaque", "some", "none", "budget", "graphs"),
+        compile_layers=kind in ("compiled", "opaque", "some", "none", "budget"),
         checkpoint_layers=checkpoint_layers if variant == "some" else None,
-        activation_budget=float(budget) if budget else None, cuda_graphs=kind == "graphs",
+        activation_budget=float(budget) if budget else None,
     )  # fmt: skip
 
 

@@ -8,15 +8,11 @@ around it: with a budget of 0 only the layer's input is kept, as with checkpoint
 last product of the MLP, a quarter of the work) is not computed again, and backward stays one compiled piece; with 1
 nothing expensive is recomputed. In between, the products that save most time per byte are kept.
 
-`cuda_graphs` records each compiled layer's forward and backward once and replays them: one launch in place of 60 to
-150, which is what small batches wait for. The recordings own their memory, also that of the gradients they return, so
-a pre-hook of the decoder starts a new round and first gives gradients that are being accumulated memory of their own.
-Batches of another length run compiled, without recordings.
-
 `limit_checkpointing` recomputes the activations of the first layers only, as many as asked for. The last layers keep
 theirs: backward frees these first, before the first recomputation needs room for its own.
 
-Left out: compiling under FSDP, whose hooks inside the layers break every graph.
+Left out: compiling under FSDP, whose hooks inside the layers break every graph; replaying layers as CUDA graphs, which
+was slower and took more memory (benchmarks/NOTES_speed.md).
 """
 
 from __future__ import annotations
@@ -43,14 +39,13 @@ def set_layer_options(
     compiled: bool,
     checkpointed: int | None,
     activation_budget: float | None = None,
-    cuda_graphs: bool = False,
 ) -> None:
     """What `load_model` does with the arguments of these names, on a model that may still be on meta.
 
     Raises:
         ConfigError: see the functions below; or layers are to be compiled under FSDP, or options do not go together.
     """
-    _check_budget(compiled, checkpointed, activation_budget, cuda_graphs)
+    _check_budget(compiled, checkpointed, activation_budget)
     if activation_budget is not None:
         checkpointed = 0
     if compiled:
@@ -59,34 +54,24 @@ def set_layer_options(
                 f"compile_layers=True under {engine}: its hooks inside the decoder layers break every graph. Leave "
                 "compile_layers out, or train on one GPU or under DDP."
             )
-        compile_layers(layers, activation_budget=activation_budget, cuda_graphs=cuda_graphs)
-    if cuda_graphs:
-        if engine != "none":
-            raise ConfigError(
-                f"cuda_graphs=True under {engine}: recorded layers have been tried in one process only. Leave "
-                "cuda_graphs out."
-            )
-        model.base_model.register_forward_pre_hook(_begin_round)
+        compile_layers(layers, activation_budget=activation_budget)
     if checkpointed is not None:
         limit_checkpointing(model, layers, checkpointed)
 
 
-def compile_layers(
-    layers: Sequence[nn.Module], *, activation_budget: float | None = None, cuda_graphs: bool = False
-) -> None:
+def compile_layers(layers: Sequence[nn.Module], *, activation_budget: float | None = None) -> None:
     """Compile each layer in place; the first training step pays for it.
 
     Args:
         layers: the decoder layers.
         activation_budget: 0 to 1, how much of what a layer's backward could keep is kept; None leaves that to
             checkpointing around the layer.
-        cuda_graphs: record and replay on CUDA. `_begin_round` must run before every forward.
     """
-    if activation_budget is None and not cuda_graphs:
+    if activation_budget is None:
         for layer in layers:
             layer.compile()
         return
-    backend = LayerCompiler(1.0 if activation_budget is None else activation_budget, cuda_graphs)
+    backend = LayerCompiler(activation_budget)
     for layer in layers:
         layer.compile(backend=backend)
 
@@ -97,12 +82,10 @@ class LayerCompiler:
     Args:
         activation_budget: torch's `activation_memory_budget`, which is a setting of the process: here it holds while
             a layer is compiled.
-        cuda_graphs: batches of other lengths than the first are compiled for all lengths and not recorded.
     """
 
-    def __init__(self, activation_budget: float, cuda_graphs: bool) -> None:
+    def __init__(self, activation_budget: float) -> None:
         self.activation_budget = activation_budget
-        self.options = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True} if cuda_graphs else {}
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph, as dynamo asks a backend to.
@@ -118,7 +101,7 @@ class LayerCompiler:
             )
         inductor: Any = torch._dynamo.lookup_backend("inductor")
         with functorch_config.patch(activation_memory_budget=self.activation_budget):
-            return inductor(graph, inputs, config_patches=self.options)
+            return inductor(graph, inputs)
 
 
 def _has_dropout(graph: torch.fx.GraphModule) -> bool:
@@ -130,22 +113,7 @@ def _has_dropout(graph: torch.fx.GraphModule) -> bool:
     )
 
 
-def _begin_round(model: nn.Module, args: Any) -> None:
-    """Before a forward of recorded layers: what the last round returned is about to be overwritten.
-
-    Gradients of the step before are gone by then; those that are left are being accumulated.
-    """
-    gradients = {each: each.grad for each in model.parameters() if each.grad is not None}
-    if gradients:
-        copies = torch._foreach_mul(list(gradients.values()), 1.0)
-        for parameter, gradient in zip(gradients, copies, strict=True):
-            parameter.grad = gradient
-    torch.compiler.cudagraph_mark_step_begin()
-
-
-def _check_budget(
-    compiled: bool, checkpointed: int | None, activation_budget: float | None, cuda_graphs: bool
-) -> None:
+def _check_budget(compiled: bool, checkpointed: int | None, activation_budget: float | None) -> None:
     if activation_budget is not None and not 0 <= activation_budget <= 1:
         raise ConfigError(
             f"activation_budget={activation_budget} is a share of a layer's activations. Use 0 (keep each layer's "
@@ -160,11 +128,6 @@ def _check_budget(
         raise ConfigError(
             f"activation_budget={activation_budget} and checkpoint_layers={checkpointed} both say what is recomputed. "
             "Leave one of them out."
-        )
-    if cuda_graphs and activation_budget is None:
-        raise ConfigError(
-            "cuda_graphs=True without activation_budget: layers recomputed from outside cannot be recorded. Set "
-            "compile_layers=True and an activation_budget (0 keeps as little as gradient checkpointing, 1 everything)."
         )
 
 

@@ -84,7 +84,6 @@ def load_model(
     compile_layers: bool = False,
     checkpoint_layers: int | None = None,
     activation_budget: float | None = None,
-    cuda_graphs: bool = False,
     seed: int = 42,
     revision: str = "main",
     token: str | bool | None = None,
@@ -126,8 +125,6 @@ def load_model(
             others keep their activations. None recomputes all.
         activation_budget: with `compile_layers`, the compiler recomputes inside each layer instead: 0 keeps the
             layer's input only, 1 all that is expensive to compute. Gradient checkpointing then does nothing.
-        cuda_graphs: with `activation_budget`, record each layer's forward and backward on CUDA and replay them; one
-            process only.
         seed: for new adapters. Values are those of `torch.manual_seed(seed); get_peft_model(...)` on one CPU
             process, for every number of ranks.
         revision, token, cache_dir, local_files_only, subfolder, trust_remote_code: as in `from_pretrained`.
@@ -181,7 +178,7 @@ def load_model(
         layers = decoder_layers(model)
         set_layer_options(
             model, layers, engine=engine, compiled=compile_layers, checkpointed=checkpoint_layers,
-            activation_budget=activation_budget, cuda_graphs=cuda_graphs,
+            activation_budget=activation_budget,
         )  # fmt: skip
         kept: list[str] = []
         if quantization_config is not None and stored_config is None:

@@ -76,12 +76,6 @@ class QLoraArguments:
             "gradient_checkpointing: 0 keeps as little, 1 all that is expensive to compute."
         },
     )
-    cuda_graphs: bool = field(
-        default=False,
-        metadata={
-            "help": "With activation_budget, record each layer on CUDA and replay it: for small batches of one length."
-        },
-    )
     train_new_layers: bool = field(
         default=False,
         metadata={

@@ -68,7 +68,6 @@ def main(recipe: Recipe) -> int:
         compile_layers=ours.compile_layers,
         checkpoint_layers=ours.checkpoint_layers,
         activation_budget=ours.activation_budget,
-        cuda_graphs=ours.cuda_graphs,
         seed=args.seed,
         attn_implementation=model_args.attn_implementation,
         revision=model_args.model_revision,

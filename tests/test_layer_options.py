@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_fsdp_qlora import load_model
 from hf_fsdp_qlora.errors import ConfigError
@@ -117,66 +117,12 @@ def test_budget_says_how_many_products_are_recomputed(
     assert 0 <= (7 + recomputed) * len(layers) - dequantized <= 3
 
 
-def test_a_new_round_leaves_accumulated_gradients_in_memory_of_their_own(model: PeftModel) -> None:
-    """CUDA graphs would overwrite them. What is played here is that memory: it is overwritten by hand."""
-    base: Any = model.get_base_model()
-    options: Any = dict(engine="none", compiled=True, checkpointed=None, activation_budget=1.0, cuda_graphs=True)
-    set_layer_options(base, decoder_layers(base), **options)
-    torch._dynamo.reset()
-    step(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    recorded = [parameter.grad for parameter in trained]
-    expected = [gradient.clone() for gradient in recorded if gradient is not None]
-    loss = model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss
-    for gradient in recorded:
-        assert gradient is not None
-        gradient.fill_(float("nan"))
-    loss.backward()
-    for parameter, once in zip(trained, expected, strict=True):
-        torch.testing.assert_close(parameter.grad, 2 * once)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("budget", [0.0, 0.6, 1.0])
-def test_recorded_layers_train_like_plain_ones(tmp_path: Path, budget: float) -> None:
-    """Accumulating, with evaluation between and another length at the end; float32, as above."""
-    folder = save_tiny_model(tmp_path, "llama")
-    config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
-    torch._dynamo.reset()
-    plain, recorded = (
-        load_model(
-            folder, quantization_config=four_bit, peft_config=config, dtype=torch.float32, fsdp="none", **options
-        ).train()
-        for options in ({}, dict(compile_layers=True, activation_budget=budget, cuda_graphs=True))
-    )
-    tokens = TOKENS.to(plain.device)
-    for length in [tokens.shape[1]] * 4 + [tokens.shape[1] - 1] * 2:
-        for micro_batch in (tokens[:, :length], tokens[:, :length].flip(0)):
-            losses = []
-            for model in (plain, recorded):
-                loss = model(input_ids=micro_batch, labels=micro_batch, use_cache=False).loss
-                loss.backward()
-                losses.append(loss.detach())
-            torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
-        wanted, found = gradients(plain), gradients(recorded)
-        for name, gradient in wanted.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
-        for model in (plain, recorded):
-            model.zero_grad()
-        with torch.no_grad():
-            outputs = [model(input_ids=tokens, use_cache=False).logits for model in (plain, recorded)]
-        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(activation_budget=0.5), "Set compile_layers=True"),
         (dict(compiled=True, activation_budget=50), "activation_budget=50 is a share"),
         (dict(compiled=True, activation_budget=0.5, checkpointed=1), "Leave one of them out"),
-        (dict(compiled=True, cuda_graphs=True), "cuda_graphs=True without activation_budget"),
-        (dict(compiled=True, cuda_graphs=True, activation_budget=1, engine="ddp"), "in one process only"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(model: PeftModel, options: dict[str, Any], message: str) -> None:
