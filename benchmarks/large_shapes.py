@@ -124,9 +124,9 @@ def run_model(args: argparse.Namespace, vocab_size: int, path: Path) -> list[str
         try:
             results = run_ranks(train, str(path), vars(args) | {"seq_len": seq_len}, options, **launch)
         except ProcessRaisedException as error:
-            reason = str(error).strip().splitlines()[-1][:200]
+            reason = str(error).strip().splitlines()[-1]
             say(f"failed after {time.perf_counter() - started:.0f} s: {reason}")
-            lines.append(f"| {vocab_size} | {seq_len} | failed: {reason} |" + " |" * (len(COLUMNS) - 3))
+            lines.append(f"| {vocab_size} | {seq_len} | failed: {reason[:200]} |" + " |" * (len(COLUMNS) - 3))
             continue
         say(f"{time.perf_counter() - started:.0f} s in all")
         lines += [row(vocab_size, seq_len, rank, planned, result) for rank, result in enumerate(results)]
