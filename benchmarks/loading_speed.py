@@ -85,7 +85,7 @@ def main() -> None:
                 with phases() as seconds:
                     timed(name, loads[name], num_bytes)
                 if seconds:
-                    print("|   " + ", ".join(f"{key} {value:.3f}" for key, value in seconds.items()) + " | | |")
+                    print(phase_row(seconds))
         for ranks in args.ranks:
             load_in_ranks(folder, ranks, args.repeats, num_bytes, "")
         if args.cold:
@@ -144,23 +144,24 @@ def load_in_ranks(folder: Path, ranks: int, repeats: int, num_bytes: int, suffix
         each = ", ".join(f"{load[1] / 1e9:.3f}" for load in loads)
         print(
             f"| ours, {ranks} rank(s){suffix}; GB read by each: {each} | {seconds:.3f} | "
-            f"{num_bytes / seconds / 1e9:.1f} |",
+            f"{num_bytes / seconds / 1e9:.1f} |\n{phase_row(loads[0][2])}",
             flush=True,
         )
 
 
-def time_loads(folder: Path, repeats: int) -> list[tuple[float, int]]:
-    """One rank: seconds until its GPU has its share, and the bytes it read, for every load."""
+def time_loads(folder: Path, repeats: int) -> list[tuple[float, int, dict[str, float]]]:
+    """One rank: seconds until its GPU has its share, the bytes it read, and the seconds of phases, for every load."""
     load_ours(folder / "small", None)
     results = []
     for _ in range(repeats):
         if dist.is_initialized():
             dist.barrier()
         started = time.perf_counter()
-        model: Any = load_ours(folder / "model", None)
+        with phases() as seconds:
+            model: Any = load_ours(folder / "model", None)
         if CUDA:
             torch.cuda.synchronize()
-        results.append((time.perf_counter() - started, model.load_report.read_bytes))
+        results.append((time.perf_counter() - started, model.load_report.read_bytes, seconds))
         del model
         gc.collect()
     return results
@@ -186,6 +187,10 @@ def phases() -> Iterator[dict[str, float]]:
             name = phase.rpartition(".")[2]
             stack.enter_context(mock.patch.object(owner, name, watched(phase, getattr(owner, name))))
         yield seconds
+
+
+def phase_row(seconds: dict[str, float]) -> str:
+    return "|   " + ", ".join(f"{phase} {value:.3f}" for phase, value in seconds.items()) + " | | |"
 
 
 def load_stock(folder: Path) -> nn.Module:
