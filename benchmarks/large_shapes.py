@@ -131,7 +131,8 @@ def run_model(args: argparse.Namespace, vocab_size: int, path: Path) -> list[str
         say(f"{time.perf_counter() - started:.0f} s in all")
         lines += [row(vocab_size, seq_len, rank, planned, result) for rank, result in enumerate(results)]
         say("\n".join([TABLE, *lines[-len(results) :]]))
-        say(f"host memory of all ranks: {sum(result['host'] for result in results):.2f} GiB at most")
+        host, pinned = (sum(result[name] for result in results) for name in ("host", "pinned"))
+        say(f"all ranks: {host:.2f} GiB of host memory at most, {pinned:.2f} GiB pinned for parameters")
         check(results)
     return lines
 
