@@ -232,7 +232,8 @@ class _ParameterInit:
 
 def _own_units(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
     """The modules that cannot share a flat parameter with the rest: trained, of another dtype, or such that rows after
-    them would begin inside a float32 word (statistics are read as float32, which torch refuses then).
+    them would begin inside a float32 word (statistics are read as float32, which torch refuses then). The last only
+    inside the layers: a head with an odd number of biases must stay in the root, where TRL's fused head finds it.
 
     None if all parameters are alike, as in a model without an adapter.
     """
@@ -242,11 +243,12 @@ def _own_units(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]
     frozen = [p for layer in layers for p in layer.parameters() if not p.requires_grad]
     common = {(module.weight.dtype, False) for module in model.modules() if isinstance(module, QuantizedLinear)}
     common = common or {(frozen[0].dtype, False)} if frozen else common
+    inside = {id(module) for layer in layers for module in layer.modules()}
     units = []
     for module in model.modules():
         own = {(parameter.dtype, parameter.requires_grad) for parameter in module.parameters(recurse=False)}
         uneven = any(p.numel() * p.itemsize % torch.float32.itemsize for p in module.parameters(recurse=False))
-        if own and (own != common or uneven):
+        if own and (own != common or (uneven and id(module) in inside)):
             units.append(module)
     return units
 
