@@ -58,17 +58,16 @@ def cheapest_change(
         estimate = tried(changed) if changed is not None else None
         if estimate is not None:
             return words, estimate
-    series: list[str] = []
+    series: list[Change] = []
     current = settings
-    for words, change in _changes(shape):
-        changed = change(current)
-        if changed is None or not _helps(shape, current, changed):
+    for each in _changes(shape):
+        changed = each[1](current)
+        if changed is None or (each in _OUTSIDE_CHANGES and _hurts(shape, current, changed)):
             continue
         current = changed
-        series.append(words)
-        estimate = tried(current)
-        if estimate is not None:
-            return "; ".join(series), estimate
+        series.append(each)
+        if tried(current) is not None:
+            return _shortest(series, settings, tried)
     words, change = _ANOTHER_METHOD
     changed = change(settings)
     estimate = tried(changed) if changed is not None else None
@@ -86,9 +85,30 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def _helps(shape: ModelShape, before: MemorySettings, after: MemorySettings) -> bool:
-    """Whether a change takes anything from the card: a replicated head may add to it."""
-    return estimate_memory(shape, after).needed_bytes < estimate_memory(shape, before).needed_bytes
+def _shortest(
+    series: list[Change], settings: MemorySettings, tried: Callable[[MemorySettings], MemoryEstimate | None]
+) -> tuple[str, MemoryEstimate]:
+    """A series that fits, without the changes that it fits without; the dearest go first."""
+
+    def applied(changes: list[Change]) -> MemorySettings:
+        current = settings
+        for _, change in changes:
+            current = change(current) or current
+        return current
+
+    for each in reversed(series):
+        rest = [other for other in series if other is not each]
+        if tried(applied(rest)) is not None:
+            series = rest
+    estimate = tried(applied(series))
+    assert estimate is not None
+    return "; ".join(words for words, _ in series), estimate
+
+
+def _hurts(shape: ModelShape, before: MemorySettings, after: MemorySettings) -> bool:
+    """Whether a change adds to the card, as a replicated head may: it then stays out of a series. All others stay in
+    one, even if they take nothing by themselves: the peak may be at another moment until a later change lowers it."""
+    return estimate_memory(shape, after).needed_bytes > estimate_memory(shape, before).needed_bytes
 
 
 def _changes(shape: ModelShape) -> tuple[Change, ...]:

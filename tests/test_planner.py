@@ -352,6 +352,19 @@ def test_planner_proposes_a_whole_head_before_offload() -> None:
     for card in (8, 9, 10):
         change = cheapest_change(shape, many, card * GIB)
         assert change is None or "the head whole on every GPU (" not in change[0].split("; ")
+    # What takes nothing by itself may be needed once something else has lowered the peak; what is not is left out.
+    small = model_shape(LlamaConfig(**LLAMA_8B))
+    full = MemorySettings(method="full", engine="ddp", gpus=8, seq_len=512, gradient_checkpointing=False)
+    offloaded = MemorySettings(method="lora", gpus=2, batch_size=8, seq_len=8192)
+    for settings, card, words in (
+        (full, 12, ["gradient checkpointing", "shard with FSDP2"]),
+        (offloaded, 6, ["a batch of 1", "keep all parameters"]),
+    ):
+        change = cheapest_change(small, settings, card * GIB)
+        assert change is not None and change[1].fits(card * GIB)
+        found_words = change[0].split("; ")
+        assert len(found_words) == len(words)
+        assert all(each.startswith(start) for each, start in zip(found_words, words, strict=True))
     for settings in (dict(engine="fsdp1", gpus=2), dict(engine="fsdp2", method="rotary"), dict(engine="none")):
         with pytest.raises(ConfigError, match="replicate_head needs FSDP2"):
             MemorySettings(**settings, **WHOLE)  # type: ignore[arg-type]
