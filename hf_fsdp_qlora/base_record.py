@@ -147,15 +147,15 @@ def other_base(adapter: Path, quantization_config: Any, dtype: torch.dtype) -> s
         dtype: what that base's weights are cast to.
 
     Returns:
-        A sentence, or None: it is the same, there is no record, or the record is of a config that is not known here.
+        A sentence, or None: it is the same, there is no record, or the record is of a config that is not known here or
+        whose library is not installed.
     """
+    given = _weights_of(BaseRecord(quantization_config, dtype))
     try:
         recorded = read_record(adapter)
-    except ConfigError:
+        trained = given if recorded is None else _weights_of(recorded)
+    except (ConfigError, ImportError):  # transformers' HqqConfig cannot be made without hqq
         return None
-    if recorded is None:
-        return None
-    trained, given = (_weights_of(record) for record in (recorded, BaseRecord(quantization_config, dtype)))
     if trained == given:
         return None
     return f"{adapter} was trained on {trained}, and is loaded on {given}: losses will not be those of training."

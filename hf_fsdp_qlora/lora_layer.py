@@ -93,7 +93,8 @@ class QuantizedLoraLinear(LoraLinear):
 class DenseLoraLinear(LoraLinear):
     """PEFT's LoRA layer over an `nn.Linear`, without its detour under autocast: PEFT casts the input to the float32 of
     the adapter, and autocast casts that back. The values are the same; the float32 copy and a 16-bit copy per layer,
-    which backward keeps in place of the one input that neighbours share, are saved.
+    which backward keeps in place of the one input that neighbours share, are saved. (Dropout is then of 16-bit values,
+    as in PEFT's 4-bit layer, and may draw others than of float32.)
 
     DoRA's norms do depend on the dtype of the input: there everything is PEFT's.
     """

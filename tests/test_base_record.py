@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig
 
 from hf_fsdp_qlora import ConfigError, QuantizedLinear, load_model, merge_adapter, save_adapter
-from hf_fsdp_qlora.base_record import RECORD_NAME, read_record
+from hf_fsdp_qlora.base_record import RECORD_NAME, other_base, read_record
 from hf_fsdp_qlora.commands import merge
 from hf_fsdp_qlora.quantization import (
     BlockwiseFourBitConfig,
@@ -164,6 +164,16 @@ def test_loading_an_adapter_on_another_base_warns(tmp_path: Path, caplog: pytest
     assert warnings(None) == []
     train_and_save(base, adapter, None)
     assert warnings(None, torch.float32) == [] and len(warnings(nf4())) == 1
+
+
+def test_an_adapter_trained_on_hqq_loads_without_hqq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison of bases is for a warning; what the other base was made with may be missing here."""
+    config = HqqConfig(nbits=4, group_size=64)
+    record = {"config_class": "HqqConfig", "quantization_config": config.to_dict(), "dtype": "bfloat16"}
+    (tmp_path / RECORD_NAME).write_text(json.dumps(record, default=str))
+    assert "was trained on hqq" in str(other_base(tmp_path, nf4(), torch.bfloat16))
+    monkeypatch.setattr("transformers.utils.quantization_config.is_hqq_available", lambda: False)
+    assert other_base(tmp_path, nf4(), torch.bfloat16) is None
 
 
 def test_an_adapter_of_an_unquantised_base_has_nothing_to_dequantise(tmp_path: Path) -> None:
