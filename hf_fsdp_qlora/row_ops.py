@@ -79,9 +79,7 @@ class _Linear(torch.autograd.Function):
         dense = dequantize_rows(weight, weight_stats, spec, out_features, in_features, input).to(input.dtype)
         with _products_in(input):
             output = nn.functional.linear(input, dense, None if bias is None else bias.to(input.dtype))
-        # With a bias this is a view of a 2-D result, and FSDP2 warns about views: an in-place op on one would drop
-        # its backward hook. `_unsafe_view` is the same memory as a tensor of its own.
-        return torch.ops.aten._unsafe_view.default(output, output.shape)
+        return _own_view(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -129,16 +127,13 @@ class _LoraLinear(torch.autograd.Function):
         rows, a, b = input.reshape(-1, in_features), lora_a.to(dtype), lora_b.to(dtype)
         dense = dequantize_rows(weight, weight_stats, spec, out_features, in_features, input).to(dtype)
         with _products_in(input):
-            at_a = nn.functional.linear(rows, a)
-            if bias is None:
-                output = _add_product(nn.functional.linear(at_a, b), scaling, rows, dense.t())
-            else:
-                update = torch.addmm(bias.to(dtype), at_a, b.t(), alpha=scaling)
-                output = _add_product(update, 1.0, rows, dense.t())
+            at_a = _scaled(nn.functional.linear(rows, a), scaling)
+            update = nn.functional.linear(at_a, b, None if bias is None else bias.to(dtype))
+            output = _add_product(update, rows, dense.t())
         ctx.save_for_backward(input, at_a, weight, weight_stats, a, b)
         ctx.spec, ctx.out_features, ctx.in_features, ctx.scaling = spec, out_features, in_features, scaling
         ctx.adapter_dtypes = lora_a.dtype, lora_b.dtype
-        return torch.ops.aten._unsafe_view.default(output, (*input.shape[:-1], out_features))
+        return _own_view(output, (*input.shape[:-1], out_features))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -146,16 +141,16 @@ class _LoraLinear(torch.autograd.Function):
         rows, grad = input.reshape(-1, ctx.in_features), grad_output.reshape(-1, ctx.out_features)
         grad_input = None
         with _products_in(input):
-            grad_at_a = grad @ b
+            grad_at_a = _scaled(grad @ b, ctx.scaling)
             if ctx.needs_input_grad[0]:  # not in the first layer, if its input is kept
                 dense = dequantize_rows(
                     weight, weight_stats, ctx.spec, ctx.out_features, ctx.in_features, grad_output
                 ).to(input.dtype)
-                grad_input = _add_product(grad_at_a @ a, ctx.scaling, grad, dense).view(input.shape)
+                grad_input = _add_product(grad_at_a @ a, grad, dense).view(input.shape)
                 del dense
             a_dtype, b_dtype = ctx.adapter_dtypes
-            grad_a = _scaled((grad_at_a.t() @ rows).to(a_dtype), ctx.scaling)
-            grad_b = _scaled((grad.t() @ at_a).to(b_dtype), ctx.scaling)
+            grad_a = (grad_at_a.t() @ rows).to(a_dtype)
+            grad_b = (grad.t() @ at_a).to(b_dtype)
         return grad_input, None, None, None, grad_a, grad_b, None, None, None, None
 
 
@@ -172,13 +167,24 @@ def _products_in(operand: Tensor) -> AbstractContextManager[object]:
 
 
 def _scaled(product: Tensor, scaling: float) -> Tensor:
-    """scaling * product, in its memory."""
+    """scaling * product, in its memory. For the (n, r) products of an adapter: the smallest there are to scale."""
     return product if scaling == 1 else product.mul_(scaling)
 
 
-def _add_product(update: Tensor, scaling: float, left: Tensor, right: Tensor) -> Tensor:
-    """scaling * update + left @ right, (n, m). In eager code the product adds the update while it stores; compiled
-    code, which would copy the update first, adds both in the kernel that reads the sum."""
+def _add_product(update: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """update + left @ right, (n, m). In eager code the product adds the update while it stores; compiled code, which
+    would copy the update first, adds both in the kernel that reads the sum."""
     if torch.compiler.is_compiling():
-        return left @ right + update * scaling
-    return update.addmm_(left, right, beta=scaling)
+        return left @ right + update
+    return update.addmm_(left, right)
+
+
+def _own_view(output: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The same memory in another shape, as a tensor of its own.
+
+    FSDP2 warns about views, because an in-place op on one would drop its backward hook. Compiled code gets a view:
+    inductor sees whether all that follows a sum is pointwise through views only, and else lets the product add it.
+    """
+    if torch.compiler.is_compiling():
+        return output.view(shape)
+    return torch.ops.aten._unsafe_view.default(output, shape)
