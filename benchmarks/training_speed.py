@@ -20,7 +20,8 @@ Variants, all with gradient checkpointing unless they say otherwise:
   none            compiled, nothing recomputed
   budget:X        compiled, the compiler recomputes inside the layers to an `activation_budget` of X
 
-`VARIANT@N` runs with a batch of N, whatever `--batch` says.
+`VARIANT+bf16` holds adapters and their moments in bf16, as TRL makes those of the stock stack; this package's own are
+float32 masters otherwise. `VARIANT@N` runs with a batch of N, whatever `--batch` says.
 
 `--profile` adds a step under torch's profiler for each variant: kernels by time, and how long the GPU was idle.
 
@@ -107,8 +108,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def variant_name(text: str) -> str:
-    """One of `VARIANTS`, or "budget:X", and "@N" behind it or not."""
+    """One of `VARIANTS`, or "budget:X", and "+bf16" and "@N" behind it or not."""
     variant, _, batch_size = text.partition("@")
+    variant = variant.removesuffix("+bf16")
     kind, _, budget = variant.partition(":")
     if kind == "budget":
         float(budget)
@@ -134,8 +136,8 @@ def run(variant: str, batch_size: int, args: argparse.Namespace, model_path: str
     from hf_fsdp_qlora.quantization.bitsandbytes import FourBitBackend
 
     torch.compiler.reset()
-    QuantizedLoraLinear.fuse = variant != "plain"
-    FourBitBackend.trace_kernel = variant != "opaque"
+    QuantizedLoraLinear.fuse = not variant.startswith("plain")
+    FourBitBackend.trace_kernel = not variant.startswith("opaque")
     started = time.perf_counter()
     if variant.startswith("stock"):
         model = load_stock(model_path, compiled=variant == "stock_compiled")
@@ -144,7 +146,9 @@ def run(variant: str, batch_size: int, args: argparse.Namespace, model_path: str
     loaded_s = time.perf_counter() - started
     fill_adapter(model)
     clock = Clock(WARM_STEPS + args.steps, args.profile)
-    losses = train(model, clock, batch_size, args, checkpointing=variant != "none", output_dir=f"{model_path}-out")
+    losses = train(
+        model, clock, batch_size, args, checkpointing=not variant.startswith("none"), output_dir=f"{model_path}-out"
+    )
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -178,11 +182,13 @@ def load_stock(model_path: str, *, compiled: bool) -> nn.Module:
 def load_ours(model_path: str, variant: str, checkpoint_layers: int) -> nn.Module:
     from hf_fsdp_qlora import load_model
 
-    kind, _, budget = variant.partition(":")
+    plain = variant.removesuffix("+bf16")
+    kind, _, budget = plain.partition(":")
     return load_model(
         model_path, peft_config=lora_config(), dtype=torch.bfloat16,
+        adapter_dtype=torch.float32 if plain == variant else torch.bfloat16,
         compile_layers=kind in ("compiled", "opaque", "some", "none", "budget"),
-        checkpoint_layers=checkpoint_layers if variant == "some" else None,
+        checkpoint_layers=checkpoint_layers if kind == "some" else None,
         activation_budget=float(budget) if budget else None,
     )  # fmt: skip
 
