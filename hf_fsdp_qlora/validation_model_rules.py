@@ -63,6 +63,24 @@ def sequences_fit_the_model(run: Run) -> Problem | None:
     )  # fmt: skip
 
 
+def whole_parameters_are_frozen(run: Run) -> Problem | None:
+    """FSDP2 would neither shard nor reduce what `outside.py` keeps whole, so that must be frozen and not tied."""
+    options = [key for key in ("replicate_head", "embedding_on_host") if run.get(key)]
+    if not options:
+        return None
+    trained = set(run.get("lora_modules_to_save") or ())
+    ours = {"replicate_head": {"lm_head", "embed_out"}, "embedding_on_host": {"embed_tokens", "embed_in"}}
+    named = sorted(trained & set().union(*(ours[key] for key in options)))
+    if _shape(run).head_numel and not named:
+        return None
+    tied = f"{_shape(run).name} ties its head to the embedding"
+    why = f"{named[0]} is trained (lora_modules_to_save)" if named else tied
+    return Problem(
+        options[0], True, f"{why}, and what is kept whole is neither sharded nor reduced; load_model refuses it.",
+        f"Remove {' and '.join(options)}" + (f", or take {named[0]} out of lora_modules_to_save." if named else "."),
+    )  # fmt: skip
+
+
 def memory_fits(run: Run) -> Problem | None:
     """The planner's prediction (memory.py) against the card.
 
@@ -149,4 +167,6 @@ def _matches(run: Run, targets: Any) -> bool:
         return False
 
 
-MODEL_RULES: tuple[Rule, ...] = (wrapped_classes_exist, targets_match, sequences_fit_the_model)
+MODEL_RULES: tuple[Rule, ...] = (
+    wrapped_classes_exist, targets_match, sequences_fit_the_model, whole_parameters_are_frozen,
+)  # fmt: skip

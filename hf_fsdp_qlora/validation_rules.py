@@ -229,6 +229,17 @@ def one_format_is_chosen(run: Run) -> Problem | None:
     return None
 
 
+def layers_are_compiled_outside_fsdp(run: Run) -> Problem | None:
+    """FSDP's hooks inside the decoder layers break every graph (layer_options.py refuses it)."""
+    if run.distributed_type != "FSDP" or not run.recipe.get("compile_layers"):
+        return None
+    return Problem(
+        "compile_layers", True,
+        "FSDP's hooks inside the decoder layers break every compiled graph; load_model refuses it.",
+        "Remove compile_layers and activation_budget, or train on one GPU or under DDP.",
+    )  # fmt: skip
+
+
 TRAINER_RULES: tuple[Rule, ...] = (checkpointing_suits_ddp, adapter_is_saved_once, optimizer_works_on_shards)
 """What a stock trainer neither refuses by itself nor survives: checked again when it is built (trainer_compat)."""
 
@@ -236,7 +247,7 @@ RULES: tuple[Rule, ...] = (
     *LAUNCH_RULES, fsdp1_has_gpus, dtype_agrees_with_mixed_precision, sync_module_states_is_on,
     checkpointing_happens_once, *TRAINER_RULES, activation_offloading_has_an_accelerator, one_format_is_chosen,
     layerwise_optimizer_runs_alone, trainer_has_no_fsdp_of_its_own, packed_samples_stay_apart, packing_has_a_length,
-    best_model_can_be_loaded, something_is_trained, *ROTARY_RULES,
+    best_model_can_be_loaded, something_is_trained, layers_are_compiled_outside_fsdp, *ROTARY_RULES,
 )  # fmt: skip
 
 

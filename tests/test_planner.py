@@ -365,9 +365,9 @@ def test_planner_proposes_a_whole_head_before_offload() -> None:
         found_words = change[0].split("; ")
         assert len(found_words) == len(words)
         assert all(each.startswith(start) for each, start in zip(found_words, words, strict=True))
-    for settings in (dict(engine="fsdp1", gpus=2), dict(engine="fsdp2", method="rotary"), dict(engine="none")):
+    for values in (dict(engine="fsdp1", gpus=2), dict(engine="fsdp2", method="rotary"), dict(engine="none")):
         with pytest.raises(ConfigError, match="replicate_head needs FSDP2"):
-            MemorySettings(**settings, **WHOLE)  # type: ignore[arg-type]
+            MemorySettings(**values, **WHOLE)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="not tied"):
         estimate_memory(tied, gpus=2, **WHOLE)
     with pytest.raises(ConfigError, match="would not be sharded"):

@@ -204,6 +204,16 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [(FSDP2, recipe(lora_target_modules=["q_proj"])), (FSDP2, recipe(lora_target_modules=r".*mlp\..*_proj")),
          (FSDP2, recipe(lora_target_modules="all-linear")), (FSDP2, recipe(lora_target_modules=["all-linear"]))],
     ),
+    "layers_are_compiled_outside_fsdp": (
+        [(FSDP2, recipe(compile_layers=True)), (fsdp1(), recipe(compile_layers=True, activation_budget=0.0))],
+        [(SINGLE, recipe(compile_layers=True)), (DDP, recipe(compile_layers=True)), (FSDP2, RECIPE)],
+    ),
+    "whole_parameters_are_frozen": (
+        [(FSDP2, recipe(replicate_head=True, lora_modules_to_save=["lm_head"])),
+         (FSDP2, recipe(embedding_on_host=True, lora_modules_to_save=["embed_tokens"]))],
+        [(FSDP2, recipe(replicate_head=True, embedding_on_host=True)),
+         (FSDP2, recipe(replicate_head=True, lora_modules_to_save=["embed_tokens"]))],
+    ),
     "sequences_fit_the_model": (
         [(FSDP2, recipe(max_length=8192))],
         [(FSDP2, recipe(max_length=4096))],
@@ -250,6 +260,14 @@ def test_rule_is_tripped(rule: str, model: str) -> None:
 def test_rule_is_not_tripped(rule: str, model: str) -> None:
     for pair in CASES[rule][1]:
         assert rule not in rules_tripped(pair, model), pair
+
+
+def test_a_tied_head_is_not_kept_whole(tmp_path: Path) -> None:
+    LlamaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=512, tie_word_embeddings=True).save_pretrained(
+        tmp_path
+    )
+    tripped = rules_tripped((FSDP2, recipe(replicate_head=True)), str(tmp_path))
+    assert "whole_parameters_are_frozen" in tripped
 
 
 def test_defaults_equal_upstreams() -> None:
