@@ -14,6 +14,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from hf_fsdp_qlora.errors import ConfigError
+
 
 def rank() -> int:
     """This process's rank, 0 without a process group."""
@@ -36,6 +38,26 @@ def on_any_rank(fact: bool) -> bool:
     if world_size() > 1:
         dist.all_gather_object(facts, fact)
     return any(facts)
+
+
+def check_same(what: str, value: str | None) -> None:
+    """Compare what each rank found for itself, such as on a disk that only its node sees. Collective.
+
+    Args:
+        what: what the value is, as a noun phrase for the message.
+
+    Raises:
+        ConfigError: on every rank, if two of them differ.
+    """
+    values: list[str | None] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    other = next((index for index, each in enumerate(values) if each != values[0]), None)
+    if other is not None:
+        raise ConfigError(
+            f"{what} is {values[0]} for rank 0 and {values[other]} for rank {other}. Give all nodes the same files: a "
+            "folder that they share, or a copy of it on each."
+        )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from hf_fsdp_qlora import (
 from hf_fsdp_qlora.callbacks import InterruptCallback
 from hf_fsdp_qlora.config import Recipe
 from hf_fsdp_qlora.data import load_datasets, load_tokenizer
-from hf_fsdp_qlora.distributed import same_outcome
+from hf_fsdp_qlora.distributed import check_same, same_outcome
 from hf_fsdp_qlora.train import (
     adapter_config,
     check_run,
@@ -52,6 +52,7 @@ def main(recipe: Recipe) -> int:
         checkpoint = resume_point(args)
         quantization, adapter, dtypes = quantization_config(recipe), adapter_config(recipe), numbers(recipe)
         rotating = rotary_config(recipe)
+    check_same("the checkpoint to resume from", checkpoint)
 
     model = load_model(
         model_args.model_name_or_path,

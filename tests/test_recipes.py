@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from hf_fsdp_qlora.config import Recipe, load_recipe
 from hf_fsdp_qlora.data import load_datasets, load_tokenizer
+from hf_fsdp_qlora.distributed import check_same, rank
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.quantization import DynamicInt8Config, LinearInt8Config
 from hf_fsdp_qlora.resources import accelerate_config_names, find_accelerate_config, find_recipe, recipe_names
 from hf_fsdp_qlora.train import parse_recipe, quantization_config, resume_point
 from recipes.demo.base_model import _train_tokenizer
+from tests.distributed import run_distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -233,6 +236,25 @@ def test_resume_point_means_last_complete_given_or_none(
     assert point(str(tmp_path / "checkpoint-5")) == str(tmp_path / "checkpoint-5")
     with pytest.raises(ConfigError, match="is no folder"):
         point("checkpoint-7")
+
+
+def _found_on_one_node_alone(output_dir: str, model_path: str) -> str:
+    folder = Path(output_dir) / f"rank{rank()}"
+    folder.mkdir()
+    if rank() == 0:
+        (folder / "checkpoint-5").mkdir()
+        (folder / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    point = resume_point(make_recipe(folder, Path(model_path), resume_from_checkpoint="auto").training_args)
+    try:
+        check_same("the checkpoint to resume from", point)
+    except ConfigError as error:
+        return str(error)
+    return "resumed"
+
+
+def test_ranks_do_not_resume_from_different_checkpoints(tmp_path: Path, model_path: Path) -> None:
+    for said in run_distributed(_found_on_one_node_alone, str(tmp_path), str(model_path)):
+        assert re.search(r"the checkpoint to resume from is \S*checkpoint-5 for rank 0 and None for rank 1", said)
 
 
 def test_parse_recipe_needs_a_model_data_and_something_to_train(tmp_path: Path) -> None:
