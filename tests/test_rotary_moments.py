@@ -34,6 +34,25 @@ def test_kept_moments_in_8_bit_are_close_and_never_lose_a_second_moment() -> Non
     assert torch.equal(exact.take("w", torch.device("cpu"))["exp_avg"], first)
 
 
+@pytest.mark.parametrize("sizes", [[2304], [1024, 1024, 256]])
+def test_states_of_8_bit_optimizers_are_kept_as_they_are(sizes: list[int]) -> None:
+    """Their scales and code book are float32 vectors too; rounded at each visit, the code book would shrink."""
+    numel = sum(sizes)
+    book = dynamic_map(torch.device("cpu"))
+    state = {
+        "state1": torch.arange(numel).to(torch.uint8),
+        "absmax1": torch.rand(numel // 256),
+        "qmap1": book,
+        "step": 3,
+    }
+    store = Moments(bits=8)
+    store.put("w", gather_states(split_state(state, sizes), sizes))
+    kept = store.take("w", torch.device("cpu"))
+    assert kept.keys() == state.keys() and kept["step"] == 3
+    for key in ("state1", "absmax1", "qmap1"):
+        assert torch.equal(kept[key], state[key]), key
+
+
 def test_states_are_merged_and_split_exactly() -> None:
     """As bitsandbytes' 8-bit AdamW keeps them: codes, scales per 256 weights, a code book, a counter."""
     sizes = [512, 512, 300]

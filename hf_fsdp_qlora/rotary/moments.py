@@ -7,7 +7,8 @@ What was cut is handed on as `Parts`, and whoever writes it, to the host or to a
 
 In 8 bit, a float32 vector is stored in bitsandbytes' blockwise dynamic type, one without negative values as its square
 root, so that Adam's second moments keep the range of the first. What rounds to zero there becomes the smallest value
-that its block can hold: dividing by the root of a lost second moment would be a step of any size.
+that its block can hold: dividing by the root of a lost second moment would be a step of any size. States of 8-bit
+optimizers are kept as they are.
 """
 
 from __future__ import annotations
@@ -168,6 +169,8 @@ def _is_cut(key: str, value: Any, numel: int) -> bool:
 
 
 def _compress(state: dict[str, Any]) -> dict[str, Any]:
+    if any(isinstance(value, (Tensor, Parts)) and value.dtype == torch.uint8 for value in state.values()):
+        return {key: _to(value, "cpu") for key, value in state.items()}  # its code book must stay what it is
     backend = backend_for_config(DynamicInt8Config(_BLOCK), torch.float32)
     small: dict[str, Any] = {}
     for key, value in state.items():
