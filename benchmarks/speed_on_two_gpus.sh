@@ -16,7 +16,7 @@ train="python3 benchmarks/training_speed.py --shape llama-8b --folder $folder"
 
 first_gpu() {
   export CUDA_VISIBLE_DEVICES=0
-  timeout 140 $train --batch 1 --variants stock compiled none eager cpp --profile > "$OUT/batch1.log" 2>&1
+  timeout 140 $train --batch 1 --variants stock compiled none eager --profile > "$OUT/batch1.log" 2>&1
   timeout 75 python3 benchmarks/loading_speed.py --shape llama-8b --folder "$folder" --repeats 1 > "$OUT/loading.log" 2>&1
 }
 
