@@ -12,6 +12,12 @@ from hf_fsdp_qlora.model_shape import ModelShape
 from hf_fsdp_qlora.planning import cheapest_change
 from hf_fsdp_qlora.validation import Problem, Rule, Run
 
+WHOLE_MODULES = {
+    "replicate_head": {"lm_head", "embed_out", "norm", "final_layer_norm"},
+    "embedding_on_host": {"embed_tokens", "embed_in"},
+}
+"""What the options of outside.py keep whole, as the supported architectures name it."""
+
 
 def wrapped_classes_exist(run: Run) -> Problem | None:
     """accelerate: "Could not find the transformer layer class ... in the model"."""
@@ -68,9 +74,8 @@ def whole_parameters_are_frozen(run: Run) -> Problem | None:
     options = [key for key in ("replicate_head", "embedding_on_host") if run.get(key)]
     if not options:
         return None
-    trained = set(run.get("lora_modules_to_save") or ())
-    ours = {"replicate_head": {"lm_head", "embed_out"}, "embedding_on_host": {"embed_tokens", "embed_in"}}
-    named = sorted(trained & set().union(*(ours[key] for key in options)))
+    whole = set().union(*(WHOLE_MODULES[key] for key in options))
+    named = sorted(name for name in run.get("lora_modules_to_save") or () if name.rpartition(".")[2] in whole)
     if _shape(run).head_numel and not named:
         return None
     tied = f"{_shape(run).name} ties its head to the embedding"

@@ -240,6 +240,22 @@ def layers_are_compiled_outside_fsdp(run: Run) -> Problem | None:
     )  # fmt: skip
 
 
+def activation_budget_has_its_companions(run: Run) -> Problem | None:
+    """The compiler keeps to the budget, in place of checkpointing (layer_options.py refuses the rest)."""
+    budget = run.recipe.get("activation_budget")
+    if budget is None:
+        return None
+    if not 0 <= budget <= 1:
+        return Problem("activation_budget", budget, "It is a share of a layer's activations.", "Use 0 to 1.")
+    if not run.recipe.get("compile_layers"):
+        why = "Only compiled layers recompute to a budget."
+        return Problem("activation_budget", budget, why, "Set compile_layers: true, or use checkpoint_layers.")
+    if run.recipe.get("checkpoint_layers") is not None:
+        why = "checkpoint_layers says what is recomputed, too."
+        return Problem("activation_budget", budget, why, "Remove activation_budget or checkpoint_layers.")
+    return None
+
+
 TRAINER_RULES: tuple[Rule, ...] = (checkpointing_suits_ddp, adapter_is_saved_once, optimizer_works_on_shards)
 """What a stock trainer neither refuses by itself nor survives: checked again when it is built (trainer_compat)."""
 
@@ -247,7 +263,8 @@ RULES: tuple[Rule, ...] = (
     *LAUNCH_RULES, fsdp1_has_gpus, dtype_agrees_with_mixed_precision, sync_module_states_is_on,
     checkpointing_happens_once, *TRAINER_RULES, activation_offloading_has_an_accelerator, one_format_is_chosen,
     layerwise_optimizer_runs_alone, trainer_has_no_fsdp_of_its_own, packed_samples_stay_apart, packing_has_a_length,
-    best_model_can_be_loaded, something_is_trained, layers_are_compiled_outside_fsdp, *ROTARY_RULES,
+    best_model_can_be_loaded, something_is_trained, layers_are_compiled_outside_fsdp,
+    activation_budget_has_its_companions, *ROTARY_RULES,
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ is the accelerate config.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from trl import SFTTrainer
 
@@ -52,7 +53,7 @@ def main(recipe: Recipe) -> int:
         checkpoint = resume_point(args)
         quantization, adapter, dtypes = quantization_config(recipe), adapter_config(recipe), numbers(recipe)
         rotating = rotary_config(recipe)
-    check_same("the checkpoint to resume from", checkpoint)
+    check_same("the checkpoint to resume from", checkpoint and Path(checkpoint).name)
 
     model = load_model(
         model_args.model_name_or_path,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -39,7 +41,7 @@ def test_states_of_8_bit_optimizers_are_kept_as_they_are(sizes: list[int]) -> No
     """Their scales and code book are float32 vectors too; rounded at each visit, the code book would shrink."""
     numel = sum(sizes)
     book = dynamic_map(torch.device("cpu"))
-    state = {
+    state: dict[str, Any] = {
         "state1": torch.arange(numel).to(torch.uint8),
         "absmax1": torch.rand(numel // 256),
         "qmap1": book,

@@ -208,8 +208,14 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
         [(FSDP2, recipe(compile_layers=True)), (fsdp1(), recipe(compile_layers=True, activation_budget=0.0))],
         [(SINGLE, recipe(compile_layers=True)), (DDP, recipe(compile_layers=True)), (FSDP2, RECIPE)],
     ),
+    "activation_budget_has_its_companions": (
+        [(SINGLE, recipe(activation_budget=0.5)), (SINGLE, recipe(activation_budget=2.0, compile_layers=True)),
+         (SINGLE, recipe(activation_budget=0.5, compile_layers=True, checkpoint_layers=2))],
+        [(SINGLE, recipe(activation_budget=0.5, compile_layers=True)), (SINGLE, recipe(checkpoint_layers=2))],
+    ),
     "whole_parameters_are_frozen": (
         [(FSDP2, recipe(replicate_head=True, lora_modules_to_save=["lm_head"])),
+         (FSDP2, recipe(replicate_head=True, lora_modules_to_save=["model.norm"])),
          (FSDP2, recipe(embedding_on_host=True, lora_modules_to_save=["embed_tokens"]))],
         [(FSDP2, recipe(replicate_head=True, embedding_on_host=True)),
          (FSDP2, recipe(replicate_head=True, lora_modules_to_save=["embed_tokens"]))],
