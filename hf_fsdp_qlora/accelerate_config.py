@@ -1,8 +1,9 @@
 """From a few answers to an accelerate config and a recipe that work together, with the reasons.
 
 The planner decides: of the ways to place the model on the cards, the fastest that fits is taken, and then the largest
-batch that fits. "Fastest" is an order, not a measurement: one GPU or DDP gather nothing, FSDP2 gathers layers, offload
-moves them over PCIe in every step. Asking questions is commands/config.py's part.
+batch that fits, or what compiled_choice.py finds where layers can be compiled. "Fastest" is an order, not a
+measurement: one GPU or DDP gather nothing, FSDP2 gathers layers, offload moves them over PCIe in every step. Asking
+questions is commands/config.py's part.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from hf_fsdp_qlora.compiled_choice import choose_compiled
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.goals import GOALS, Goal
 from hf_fsdp_qlora.memory import MemoryEstimate, estimate_memory
@@ -192,17 +194,22 @@ def _problem(answers: Answers, estimate: MemoryEstimate) -> str | None:
 def _on_gpus(
     answers: Answers, shape: ModelShape, settings: MemorySettings, reasons: list[str], name: str
 ) -> Recommendation:
-    """The largest batch for a placement that fits."""
+    """The batch for a placement that fits, and whether layers are compiled."""
     card = answers.gpu_memory_gib * GIB
-    batch_size = _batch_size(shape, settings, card)
+    limit = max(1, GLOBAL_BATCH_SIZE // settings.gpus)
+    compiled, compiling = choose_compiled(shape, settings, card, largest_batch=limit)
+    batch_size = compiled.batch_size if compiled else _batch_size(shape, settings, card)
     steps = max(1, GLOBAL_BATCH_SIZE // (batch_size * answers.gpus))
-    chosen = replace(settings, batch_size=batch_size, padded=batch_size > 1, gradient_accumulation_steps=steps)
+    chosen = compiled or replace(settings, batch_size=batch_size, padded=batch_size > 1)
+    chosen = replace(chosen, gradient_accumulation_steps=steps)
     needed = estimate_memory(shape, chosen).needed_bytes / GIB
     reasons.append(f"{name} fits: {needed:.1f} of {card / GIB:.1f} GiB a card at batch {batch_size}.")
+    size = "a power of two" if compiled else "the largest power of two that fits with padding"
     reasons.append(
-        f"Batch {batch_size}: the largest power of two that fits with padding, at most {GLOBAL_BATCH_SIZE} over all "
-        f"GPUs. Accumulation steps {steps}: the optimizer sees {batch_size * steps * answers.gpus} sequences a step."
+        f"Batch {batch_size}: {size}, at most {GLOBAL_BATCH_SIZE} over all GPUs. Accumulation steps {steps}: the "
+        f"optimizer sees {batch_size * steps * answers.gpus} sequences a step."
     )
+    reasons += [compiling] if compiling else []
     if settings.engine == "fsdp2":
         reasons.append("FSDP version 2, not 1: with 1 the first process holds the whole model while it loads.")
     return _recommendation(answers, shape, chosen, reasons)
@@ -235,7 +242,7 @@ def _recommendation(
         model_name_or_path=answers.model, dtype=settings.dtype, **goal.recipe,
         **(dict(offload="base") if settings.offload == "base" else {}),
         **(dict(replicate_head=True, embedding_on_host=True) if settings.replicate_head else {}),
-        **_adapter_keys(goal, answers),
+        **_adapter_keys(goal, answers), **_compiling_keys(settings),
         dataset_name=answers.dataset, dataset_train_split="train", max_length=answers.seq_len, packing=False,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -245,6 +252,12 @@ def _recommendation(
     )  # fmt: skip
     peak = estimate_memory(shape, settings).peak_bytes
     return Recommendation(accelerate, recipe, tuple(reasons), peak, _threads(answers) if use_cpu else None)
+
+
+def _compiling_keys(settings: MemorySettings) -> dict[str, Any]:
+    if not settings.compile_layers:
+        return {}
+    return dict(compile_layers=True, activation_budget=settings.activation_budget)
 
 
 def _adapter_keys(goal: Goal, answers: Answers) -> dict[str, Any]:

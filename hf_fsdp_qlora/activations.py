@@ -67,7 +67,7 @@ end of the backward all gradients are there: with 4cTH (gradients around the fir
 embedded tokens and the sums that CUDA's kernel makes of them in float32, a row per distinct token and per ten tokens.
 
 Source of the tables: operators recorded with fake tensors (tests/test_memory.py replays them), transformers 5.23,
-trl 1.16. Left out: torch.compile, Liger kernels.
+trl 1.16. Compiled layers: memory_compiled.py. Left out: Liger kernels.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ The loading peak is in memory_loading.py, host and disk in memory_host.py.
 `peak_bytes` predicts `torch.cuda.max_memory_allocated()`. What the driver, NCCL and the allocator's fragmentation take
 beside it is `overhead_bytes`; a run fits if the sum of both does.
 
-Left out: model parallelism, evaluation with generation, torch.compile's caches.
+Compiled layers are in memory_compiled.py.
+
+Left out: model parallelism, evaluation with generation.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hf_fsdp_qlora.activations import activations
 from hf_fsdp_qlora.memory_host import disk_bytes, host_bytes
 from hf_fsdp_qlora.memory_loading import loading_bytes
 from hf_fsdp_qlora.memory_settings import GIB, MemorySettings, trainable_parameters
-from hf_fsdp_qlora.memory_step import moments_of_step, on_gpu, static_bytes, step_settings
+from hf_fsdp_qlora.memory_step import activations_of_step, moments_of_step, on_gpu, static_bytes
 from hf_fsdp_qlora.memory_visits import Visit, rotary_visits
 from hf_fsdp_qlora.model_shape import ModelShape, model_shape
 
 CONTEXT_BYTES = int(0.55 * GIB)  # CUDA context with the kernels that a run loads
 NCCL_BYTES = int(0.35 * GIB)  # NCCL's own buffers, with more than one GPU
 FRAGMENTATION = 0.03  # of the peak
+COMPILED_FRAGMENTATION = 0.04  # of it with compiled layers: 22.64 GiB were reserved for 21.84 (RESULTS.md)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class MemoryEstimate:
         highest_moment: where in the step the peak is.
         moments: the sum of `gpu` at every moment of the step; in rotary training of the most expensive visit's.
         trainable_parameters: in rotary training, at most at a time.
-        activations_other_bytes: activations with checkpointing switched the other way.
+        activations_other_bytes: activations with checkpointing switched the other way, or in place of the budget.
     """
 
     settings: MemorySettings
@@ -107,6 +109,8 @@ def estimate_memory(
         batch_size, seq_len, gradient_accumulation_steps: per GPU.
         gradient_checkpointing: recompute each decoder layer in backward.
         activation_offloading: as in TRL's SFTConfig, with gradient_checkpointing.
+        compile_layers, activation_budget: as in `load_model`; a budget takes the place of gradient_checkpointing.
+            LoRA without dropout, not under FSDP, decoder layers like Llama's.
         padded: batches have padding, so attention gets a mask.
         active_fraction, rotary_frozen, master_dtype: as in RotaryConfig: the share of the parameters that is active
             (by default one block at a time), the format of parked linear layers, and the dtype of masters.
@@ -125,13 +129,18 @@ def estimate_memory(
     sums = _sums(moments)
     highest, peak = max(sums.items(), key=lambda item: item[1])
     static = static_bytes(shape, settings)
-    other = replace(step_settings(shape, settings), checkpointing=not settings.gradient_checkpointing, offloaded=False)
-    overhead = CONTEXT_BYTES + (NCCL_BYTES if settings.world_size > 1 else 0) + int(FRAGMENTATION * peak)
+    has_budget = settings.activation_budget is not None
+    other = replace(
+        settings, gradient_checkpointing=has_budget or not settings.gradient_checkpointing, activation_budget=None,
+        activation_offloading=False,
+    )  # fmt: skip
+    fragmentation = COMPILED_FRAGMENTATION if settings.compile_layers else FRAGMENTATION
+    overhead = CONTEXT_BYTES + (NCCL_BYTES if settings.world_size > 1 else 0) + int(fragmentation * peak)
     return MemoryEstimate(
         settings=settings, gpu=moments[highest], host=host_bytes(shape, settings, static),
         disk=disk_bytes(shape, settings), loading_peak_bytes=loading_bytes(shape, settings, on_gpu(settings, static)),
         peak_bytes=peak, overhead_bytes=overhead, highest_moment=highest, moments=sums,
-        activations_other_bytes=max(moment.total_bytes for moment in activations(shape, other).values()),
+        activations_other_bytes=max(moment.total_bytes for moment in activations_of_step(shape, other).values()),
         trainable_parameters=trainable_parameters(shape, settings), total_parameters=shape.total_numel,
     )  # fmt: skip
 

@@ -55,6 +55,8 @@ class MemorySettings:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
     activation_offloading: bool = False
+    compile_layers: bool = False
+    activation_budget: float | None = None
     padded: bool = False
     new_layers: int = 0
     active_fraction: float | None = None
@@ -84,6 +86,7 @@ class MemorySettings:
             problems.append(
                 "activation_offloading without gradient_checkpointing is unknown to the planner; set both."
             )
+        problems += self._problems_of_compiling()
         if self.replicas > 1 and (self.engine != "fsdp2" or self.world_size % self.replicas):
             problems.append(f"replicas={self.replicas} needs FSDP2 and a number of GPUs that it divides.")
         whole = [name for name in ("replicate_head", "embedding_on_host") if getattr(self, name)]
@@ -97,6 +100,20 @@ class MemorySettings:
             problems.append(f"method={self.method!r} with new_layers={self.new_layers}; set both or neither.")
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def _problems_of_compiling(self) -> list[str]:
+        budget = self.activation_budget
+        problems = []
+        if budget is not None and not (self.compile_layers and 0 <= budget <= 1):
+            problems.append(f"activation_budget={budget} needs compile_layers, and 0 to 1.")
+        if self.compile_layers and self.engine.startswith("fsdp"):
+            problems.append(f"compile_layers is for one GPU or DDP, got engine={self.engine!r}.")
+        if self.compile_layers and (not self.has_adapters or self.lora_dropout or self.activation_offloading):
+            problems.append(
+                "compile_layers is known to the planner with LoRA without dropout or activation_offloading only, got "
+                f"method={self.method!r}, lora_dropout={self.lora_dropout}."
+            )
+        return problems
 
     @property
     def world_size(self) -> int:

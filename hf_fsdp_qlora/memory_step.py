@@ -30,6 +30,7 @@ from hf_fsdp_qlora.activations import (
     StepSettings,
     activations,
 )
+from hf_fsdp_qlora.memory_compiled import compiled_activations
 from hf_fsdp_qlora.memory_gathered import gathered_bytes
 from hf_fsdp_qlora.memory_host import offloaded_kinds
 from hf_fsdp_qlora.memory_settings import (
@@ -59,7 +60,7 @@ def moments_of_step(
     all_gradients = held.pop("gradients")
     gathered = gathered_bytes(shape, settings)
     moments = {}
-    for name, active in _activations(shape, settings, visit).items():
+    for name, active in activations_of_step(shape, settings, visit).items():
         moments[name] = {
             **held,
             "gradients": _gradients(shape, settings, visit, name, all_gradients),
@@ -149,7 +150,12 @@ def step_settings(shape: ModelShape, settings: MemorySettings, visit: Visit | No
     )  # fmt: skip
 
 
-def _activations(shape: ModelShape, settings: MemorySettings, visit: Visit | None) -> dict[str, Activations]:
+def activations_of_step(
+    shape: ModelShape, settings: MemorySettings, visit: Visit | None = None
+) -> dict[str, Activations]:
+    """Activations by moment, of eager or of compiled decoder layers."""
+    if settings.compile_layers:
+        return compiled_activations(shape, step_settings(shape, settings), settings.activation_budget)
     moments = activations(shape, step_settings(shape, settings, visit))
     if visit is not None and visit.backward_layers:
         first = replace(visit, trains_last=visit.trains_first)

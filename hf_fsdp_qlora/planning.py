@@ -14,6 +14,8 @@ from hf_fsdp_qlora.model_shape import ModelShape
 
 MAX_BATCH_SIZE = 1024
 SEQUENCE_STEP = 256
+ACTIVATION_BUDGETS = (1.0, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+"""Those that are proposed, what recomputes least first. From 0.7 on a layer like Llama's computes no product again."""
 Change = tuple[str, Callable[[MemorySettings], MemorySettings | None]]
 
 
@@ -34,6 +36,20 @@ def largest_seq_len(shape: ModelShape, settings: MemorySettings, gpu_memory_byte
         return estimate_memory(shape, replace(settings, seq_len=seq_len)).fits(gpu_memory_bytes)
 
     return _largest(fits, max(1, (shape.max_positions or 2**20) // SEQUENCE_STEP)) * SEQUENCE_STEP
+
+
+def largest_activation_budget(shape: ModelShape, settings: MemorySettings, gpu_memory_bytes: float) -> float | None:
+    """The largest of `ACTIVATION_BUDGETS` with which compiled layers fit, None if none does.
+
+    Raises:
+        ConfigError: the planner does not know the model's layers compiled, or the settings do not allow it.
+    """
+
+    def fits(budget: float) -> bool:
+        compiled = replace(settings, compile_layers=True, activation_budget=budget)
+        return estimate_memory(shape, compiled).fits(gpu_memory_bytes)
+
+    return next((budget for budget in ACTIVATION_BUDGETS if fits(budget)), None)
 
 
 def cheapest_change(
@@ -130,11 +146,30 @@ def _outside(**options: bool) -> Callable[[MemorySettings], MemorySettings | Non
 
 
 def _checkpointing(settings: MemorySettings) -> MemorySettings | None:
-    return None if settings.gradient_checkpointing else replace(settings, gradient_checkpointing=True)
+    if settings.gradient_checkpointing or settings.activation_budget is not None:
+        return None
+    return replace(settings, gradient_checkpointing=True)
+
+
+def _budget(budget: float) -> Callable[[MemorySettings], MemorySettings | None]:
+    def change(settings: MemorySettings) -> MemorySettings | None:
+        if settings.activation_budget is None or settings.activation_budget <= budget:
+            return None
+        return replace(settings, activation_budget=budget)
+
+    return change
+
+
+def _not_compiled(settings: MemorySettings) -> MemorySettings | None:
+    if settings.activation_budget is None:
+        return None
+    return replace(settings, compile_layers=False, activation_budget=None, gradient_checkpointing=True)
 
 
 def _shard(settings: MemorySettings) -> MemorySettings | None:
-    return replace(settings, engine="fsdp2") if settings.engine == "ddp" else None
+    if settings.engine != "ddp":
+        return None
+    return replace(_not_compiled(settings) or settings, engine="fsdp2", compile_layers=False)
 
 
 def _batch_of_one(settings: MemorySettings) -> MemorySettings | None:
@@ -177,8 +212,10 @@ def _offload(where: str) -> Callable[[MemorySettings], MemorySettings | None]:
     def change(settings: MemorySettings) -> MemorySettings | None:
         if settings.method in ("full", "rotary") or settings.offload in (where, "all"):
             return None
+        if settings.engine == "ddp":
+            return None
         engine = "fsdp2" if settings.engine == "none" else settings.engine
-        return replace(settings, offload=where, engine=engine) if engine.startswith("fsdp") else None
+        return replace(_not_compiled(settings) or settings, offload=where, engine=engine, compile_layers=False)
 
     return change
 
@@ -199,8 +236,13 @@ _ON_THE_GPU: Change = ("keep everything on the GPUs (offload: none), which is fa
 """By itself only: a series that offloads would take it back."""
 _CHANGES: tuple[Change, ...] = (
     ("double quantisation (use_bnb_nested_quant: true)", _double_quant),
+    *(
+        (f"recompute more in the compiled layers (activation_budget: {budget})", _budget(budget))
+        for budget in ACTIVATION_BUDGETS[1:]
+    ),
     ("a batch of 1 with more accumulation (the same global batch)", _batch_of_one),
     ("gradient checkpointing (gradient_checkpointing: true), about a third more time", _checkpointing),
+    ("gradient checkpointing in place of compiled layers (no compile_layers, no activation_budget)", _not_compiled),
     ("shard with FSDP2 instead of DDP (accelerate_configs/fsdp2.yaml)", _shard),
     ("8-bit moments (optim: adamw_8bit)", _eight_bit_moments),
     ('bfloat16 masters, rounded stochastically (RotaryConfig(master_dtype="bfloat16"))', _half_masters),

@@ -134,6 +134,7 @@ def memory_settings(run: Run) -> MemorySettings:
         gradient_checkpointing=bool(run.get("gradient_checkpointing")),
         activation_offloading=bool(run.get("activation_offloading") and run.get("gradient_checkpointing")),
         padded=batch_size > 1 and not run.get("packing"),
+        compile_layers=bool(run.recipe.get("compile_layers")), activation_budget=run.recipe.get("activation_budget"),
     )  # fmt: skip
     if values["target_modules"] == ("all-linear",):
         values["target_modules"] = "all-linear"

@@ -253,6 +253,9 @@ def activation_budget_has_its_companions(run: Run) -> Problem | None:
     if run.recipe.get("checkpoint_layers") is not None:
         why = "checkpoint_layers says what is recomputed, too."
         return Problem("activation_budget", budget, why, "Remove activation_budget or checkpoint_layers.")
+    if budget < 1 and run.get("use_peft") and run.get("lora_dropout"):
+        why = f"With lora_dropout={run.get('lora_dropout')} what is computed again would drop other values."
+        return Problem("activation_budget", budget, why, "Set lora_dropout: 0.0, or activation_budget: 1.")
     return None
 
 

@@ -193,8 +193,11 @@ CASES: dict[str, tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]] = {
     ),
     "activation_budget_has_its_companions": (
         [(SINGLE, recipe(activation_budget=0.5)), (SINGLE, recipe(activation_budget=2.0, compile_layers=True)),
-         (SINGLE, recipe(activation_budget=0.5, compile_layers=True, checkpoint_layers=2))],
-        [(SINGLE, recipe(activation_budget=0.5, compile_layers=True)), (SINGLE, recipe(checkpoint_layers=2))],
+         (SINGLE, recipe(activation_budget=0.5, compile_layers=True, checkpoint_layers=2)),
+         (SINGLE, recipe(activation_budget=0.5, compile_layers=True, lora_dropout=0.1)),
+         (SINGLE, recipe(activation_budget=0.5, compile_layers=True))],  # upstream's lora_dropout is 0.05
+        [(SINGLE, recipe(activation_budget=0.5, compile_layers=True, lora_dropout=0.0)),
+         (SINGLE, recipe(activation_budget=1.0, compile_layers=True)), (SINGLE, recipe(checkpoint_layers=2))],
     ),
     "whole_parameters_are_frozen": (
         [(FSDP2, recipe(replicate_head=True, lora_modules_to_save=["lm_head"])),

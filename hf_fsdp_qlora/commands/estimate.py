@@ -48,6 +48,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false",
                         help="keep every layer's activations")  # fmt: skip
     parser.add_argument("--activation-offloading", action="store_true", help="layers' inputs in host memory (TRL)")
+    parser.add_argument("--compile-layers", action="store_true", help="compiled decoder layers; not under FSDP")
+    parser.add_argument("--activation-budget", type=float, metavar="SHARE",
+                        help="with --compile-layers: 0 keeps a layer's input, 1 all that is expensive")  # fmt: skip
     parser.add_argument("--padded", action="store_true", help="batches have padding")
     parser.add_argument("--lora-r", type=int, default=defaults.lora_r, help="rank")
     parser.add_argument("--lora-dropout", type=float, default=0.0, help="dropout before LoRA A")
@@ -124,7 +127,7 @@ def _describe(answer: dict[str, Any], gpu_memory: int | None, host_memory: int |
         f"{answer['model']}: {answer['total_parameters'] / 1e9:.2f} billion parameters, "
         f"{answer['trainable_parameters'] / 1e6:.1f} million trained",
         f"{settings['method']}, {settings['engine']}, {settings['nodes']} x {settings['gpus']} GPUs, batch "
-        f"{settings['batch_size']} x {settings['seq_len']} tokens",
+        f"{settings['batch_size']} x {settings['seq_len']} tokens{_describe_layers(settings)}",
         "",
         "per GPU",
         *(f"  {name.replace('_', ' '):28s}{_gib(size)}" for name, size in answer["gpu"].items() if size),
@@ -138,8 +141,12 @@ def _describe(answer: dict[str, Any], gpu_memory: int | None, host_memory: int |
         "on disk",
         *(f"  {name.replace('_', ' '):28s}{_gib(size)}" for name, size in answer["disk"].items()),
     ]
-    other = "without" if settings["gradient_checkpointing"] else "with"
-    lines.append(f"Activations {other} gradient checkpointing: {answer['activations_other_bytes'] / GIB:.2f} GiB")
+    other = answer["activations_other_bytes"] / GIB
+    if settings["activation_budget"] is not None:
+        lines.append(f"Activations with gradient checkpointing in place of the budget: {other:.2f} GiB")
+    else:
+        with_it = "without" if settings["gradient_checkpointing"] else "with"
+        lines.append(f"Activations {with_it} gradient checkpointing: {other:.2f} GiB")
     if gpu_memory is not None:
         verdict = "fits" if answer["fits"] else "DOES NOT FIT"
         node = f" in a node of {host_memory / GIB:.1f} GiB" if host_memory is not None else ""
@@ -149,6 +156,13 @@ def _describe(answer: dict[str, Any], gpu_memory: int | None, host_memory: int |
         if not answer["fits"]:
             lines.append(f"Cheapest change that fits: {answer['cheapest_change'] or 'none that the planner knows'}.")
     return "\n".join(lines)
+
+
+def _describe_layers(settings: dict[str, Any]) -> str:
+    if not settings["compile_layers"]:
+        return ""
+    budget = settings["activation_budget"]
+    return ", compiled layers" + (f" with an activation budget of {budget:g}" if budget is not None else "")
 
 
 def _gib(size: int) -> str:
