@@ -67,6 +67,7 @@ class Run:
 
 
 ACCUMULATE = dict(gradient_accumulation_steps=2)
+COMPILED = dict(engine="none", compile_layers=True, batch_size=4)
 ROTARY: dict[str, Any] = dict(method="rotary", active_fraction=0.1)
 RUNS = {
     "8b_fsdp2_offload_all": Run("8b", dict(engine="fsdp2", offload="all")),
@@ -92,6 +93,10 @@ RUNS = {
     "1b_long": Run("1b", dict(engine="none", seq_len=8192)),
     "1b_head": Run("1b", dict(engine="none", modules_to_save=("lm_head",))),
     "1b_lora_16bit_b16": Run("1b", dict(engine="none", method="lora", batch_size=16)),
+    "1b_compiled_0": Run("1b", COMPILED | dict(activation_budget=0.0, batch_size=8)),
+    "1b_compiled_0.4": Run("1b", COMPILED | dict(activation_budget=0.4)),
+    "1b_compiled_padded_0.7": Run("1b", COMPILED | dict(activation_budget=0.7, padded=True)),
+    "1b_compiled_lora_16bit_1": Run("1b", COMPILED | dict(activation_budget=1.0, method="lora")),
     "1b_rotary_b1": Run("1b", dict(engine="none", **ROTARY)),
     "1b_rotary_b16": Run("1b", dict(engine="none", batch_size=16, **ROTARY)),
     "1b_rotary_stored": Run("1b", dict(engine="none", batch_size=2, gradient_checkpointing=False, **ROTARY)),
@@ -99,6 +104,7 @@ RUNS = {
 }
 SMOKE = {
     "tiny": Run("tiny", dict(engine="none", seq_len=64)),
+    "tiny_compiled": Run("tiny", dict(engine="none", seq_len=64, compile_layers=True, activation_budget=0.4)),
     "tiny_prequantized": Run("tiny", dict(engine="none", seq_len=64, prequantized=True)),
     "tiny_hqq": Run("tiny", dict(engine="none", seq_len=64, quant_format="hqq", modules_to_save=("lm_head",))),
     "tiny_padded": Run("tiny", dict(engine="none", seq_len=64, batch_size=2, padded=True, quant_format="int8")),

@@ -51,7 +51,7 @@ def measure(folder: str, settings: MemorySettings) -> dict[str, Any]:
         else:
             model = load_adapted(folder, settings)
             parts.end("loading")
-            watch(model.get_base_model().model, parts)
+            watch(model.get_base_model().model, parts, compiled=settings.compile_layers)
         make_trainer(model, settings, work, parts, rotary).train()
     highest, loading = parts.highest, parts.highest.pop("loading")
     wrapping = highest.pop("preparing")
@@ -73,6 +73,7 @@ def load_adapted(folder: str, settings: MemorySettings) -> Any:
             modules_to_save=list(settings.modules_to_save) or None, task_type="CAUSAL_LM",
         ),
         offload=None if settings.offload == "none" else settings.offload,
+        compile_layers=settings.compile_layers, activation_budget=settings.activation_budget,
     )  # fmt: skip
 
 
@@ -125,9 +126,10 @@ class Parts:
             torch.cuda.reset_peak_memory_stats()
 
 
-def watch(decoder: Any, parts: Parts) -> None:
+def watch(decoder: Any, parts: Parts, *, compiled: bool = False) -> None:
     """Let a model's forward and backward end parts. Recomputation runs the last layer's hook again, which only ends
-    the same part earlier once more."""
+    the same part earlier once more. A compiled layer has none, as it would be compiled too: its backward is part of
+    the other layers'."""
 
     def before_norm(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         parts.end("forward")
@@ -139,7 +141,8 @@ def watch(decoder: Any, parts: Parts) -> None:
 
     decoder.norm.register_forward_pre_hook(before_norm)
     decoder.norm.register_forward_hook(lambda _, __, output: on_gradient(output, "head"))
-    decoder.layers[-1].register_forward_pre_hook(lambda _, inputs: on_gradient(inputs[0], "last layer"))
+    if not compiled:
+        decoder.layers[-1].register_forward_pre_hook(lambda _, inputs: on_gradient(inputs[0], "last layer"))
 
 
 class _Steps(TrainerCallback):
