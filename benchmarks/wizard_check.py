@@ -179,7 +179,7 @@ def finish(row: Row, wizard: Ended, conditions: Conditions) -> Row:
 
 
 def describe_choice(accelerate_file: str, recipe_file: str) -> str:
-    """Engine, offload and batch of the files."""
+    """Engine, offload, batch and compiled layers of the files."""
     accelerate, recipe = (yaml.safe_load(Path(name).read_text()) for name in (accelerate_file, recipe_file))
     fsdp = accelerate.get("fsdp_config")
     alone = accelerate["distributed_type"] == "NO"
@@ -187,7 +187,8 @@ def describe_choice(accelerate_file: str, recipe_file: str) -> str:
     everything = fsdp is not None and fsdp["fsdp_offload_params"]
     offload = "all" if everything else recipe.get("offload", "none")
     batch, steps = recipe["per_device_train_batch_size"], recipe["gradient_accumulation_steps"]
-    return f"{engine}, offload {offload}, batch {batch} x {steps} steps, {recipe['max_length']} tokens"
+    compiled = f", compiled, budget {recipe['activation_budget']}" if recipe.get("compile_layers") else ""
+    return f"{engine}, offload {offload}, batch {batch} x {steps} steps, {recipe['max_length']} tokens{compiled}"
 
 
 def validate(case: Case) -> str | None:

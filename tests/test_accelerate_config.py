@@ -188,6 +188,31 @@ def test_choice_of_engine_and_offload(models: dict[str, str]) -> None:
         chosen(small, 1, 24, seq_len=100_000)
 
 
+def test_wizard_compiles_layers_where_that_pays(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what a machine is said to have: nothing is compiled here."""
+
+    def written(machine: str, *, goal: str = "qlora", model: str = "8b") -> tuple[dict[str, Any], str]:
+        gpus, memory, host = MACHINES[machine]
+        line = ["--gpus", str(gpus), "--gpu-memory", f"{memory}GiB", "--host-memory", f"{host}GiB", "--goal", goal]
+        _, recipe = run_wizard(tmp_path, "--yes", "--overwrite", "--model", models[model], *line)
+        return recipe, capsys.readouterr().out
+
+    keys = {"compile_layers", "activation_budget"}
+    for machine, goal, batch_size, budget in (
+        ("1x24", "qlora", 4, 0.3), ("1x24", "hqq", 4, 0.3), ("1x24", "lora", 4, 0.0), ("2x24", "qlora", 4, 0.3),
+        ("1x141", "qlora", 8, 1.0),
+    ):  # fmt: skip
+        recipe, said = written(machine, goal=goal)
+        chosen = dict(compile_layers=True, activation_budget=budget, per_device_train_batch_size=batch_size)
+        assert recipe.items() >= {**chosen, "gradient_checkpointing": True, "lora_dropout": 0.0}.items()
+        assert "Layers are compiled" in said and f"activation_budget {budget:g}: of what" in said
+    for machine, goal, model in (("cpu", "qlora", "1b"), ("1x24", "rotary", "8b"), ("2x24", "qlora", "70b")):
+        recipe, said = written(machine, goal=goal, model=model)
+        assert not keys & recipe.keys() and "ompiled" not in said
+
+
 def test_wizard_asks_for_what_is_missing_and_again_for_what_makes_no_sense(
     models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from torch._inductor import compile_fx
 from transformers import GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from hf_fsdp_qlora import load_model
+from hf_fsdp_qlora.commands import estimate
 from hf_fsdp_qlora.compiled_choice import choose_compiled
 from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.layer_options import compile_layers
@@ -80,7 +84,7 @@ def kept_by_the_partitioner(model: Any, layer: torch.nn.Module, tokens: int, mon
 
 
 @pytest.mark.parametrize("kind", ["many key heads", "few key heads"])
-def test_layers_keep_what_the_planner_says(kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_keep_what_the_planner_says(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound, and a close one: within 1 % where all products are kept, 10 % of what torch's knapsack chooses."""
     tokens, heads = 256, 4 if kind == "many key heads" else 1
     folder = save_tiny_model(
@@ -102,7 +106,7 @@ def test_layers_keep_what_the_planner_says(kind: str, tmp_path: Any, monkeypatch
 
 def test_a_larger_budget_keeps_more_and_padding_too(shape: ModelShape) -> None:
     peaks = [estimate_memory(shape, COMPILED, activation_budget=x, batch_size=4) for x in ACTIVATION_BUDGETS]
-    sizes = [estimate.gpu["activations"] for estimate in peaks]
+    sizes = [peak.gpu["activations"] for peak in peaks]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     padded = estimate_memory(shape, COMPILED, activation_budget=1.0, batch_size=4, padded=True)
     assert padded.peak_bytes > peaks[0].peak_bytes
@@ -126,6 +130,20 @@ def test_planner_takes_the_largest_budget_that_fits_and_proposes_smaller_ones(sh
     assert "activation_budget: 0.0)" in words(12)
     shared = MemorySettings(engine="ddp", gpus=8, compile_layers=True, activation_budget=0.0)
     assert "FSDP2" in words(4, shared)
+
+
+def test_estimate_command_takes_and_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaConfig(**LLAMA_8B).save_pretrained(tmp_path)
+    parser = argparse.ArgumentParser()
+    estimate.register(parser.add_subparsers())
+    line = ["estimate", str(tmp_path), "--batch-size", "4", "--gpu-memory", "24GiB", "--compile-layers"]
+    assert estimate.run(parser.parse_args([*line, "--activation-budget", "0.4"])) == 0
+    said = capsys.readouterr().out
+    assert "compiled layers with an activation budget of 0.4" in said and "in place of the budget: 3.62 GiB" in said
+    assert estimate.run(parser.parse_args([*line, "--activation-budget", "0.7", "--json"])) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert "activation_budget: 0.4)" in answer["cheapest_change"]
+    assert answer["settings"]["activation_budget"] == 0.7
 
 
 @pytest.mark.parametrize(
