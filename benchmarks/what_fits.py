@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 from hf_fsdp_qlora.memory import estimate_memory
 from hf_fsdp_qlora.memory_settings import GIB, MemorySettings
 from hf_fsdp_qlora.model_shape import ModelShape, model_shape
-from hf_fsdp_qlora.planning import largest_seq_len
+from hf_fsdp_qlora.planning import largest_activation_budget, largest_seq_len
 
 PAGE = Path(__file__).parent.parent / "docs" / "what_fits.md"
 BEGIN, END = "<!-- made by benchmarks/what_fits.py -->", "<!-- end -->"
@@ -51,7 +51,11 @@ class Measured:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+CARDS = (8, 12, 16, 24, 48, 80)
+BATCHES = (1, 4)
+
 ONE: dict[str, Any] = dict(engine="none", gradient_accumulation_steps=1)
+COMPILED: dict[str, Any] = ONE | dict(compile_layers=True)
 MEASURED = (
     Measured("8B (Llama 3.1)", "batch 1", 6.88, ONE),
     Measured("8B (Llama 3.1)", "batch 4", 9.75, ONE | dict(batch_size=4)),
@@ -61,6 +65,15 @@ MEASURED = (
              ONE | dict(seq_len=512, gradient_checkpointing=False)),
     Measured("8B (Llama 3.1)", "dropout, accumulation", 7.15,
              ONE | dict(lora_dropout=0.05, gradient_accumulation_steps=2)),
+    Measured("8B (Llama 3.1)", "compiled, budget 0", 6.96, COMPILED | dict(activation_budget=0.0)),
+    Measured("8B (Llama 3.1)", "compiled, budget 0, bf16 adapters", 6.72,
+             COMPILED | dict(activation_budget=0.0, adapter_dtype="bfloat16")),
+    Measured("8B (Llama 3.1)", "compiled, budget 0.4, batch 4", 21.84,
+             COMPILED | dict(activation_budget=0.4, batch_size=4)),
+    Measured("8B (Llama 3.1)", "compiled, all recomputed", 6.83, COMPILED),
+    Measured("8B (Llama 3.1)", "compiled, all recomputed, batch 4", 9.46, COMPILED | dict(batch_size=4)),
+    Measured("8B (Llama 3.1)", "compiled, nothing recomputed", 14.66,
+             COMPILED | dict(gradient_checkpointing=False)),
     Measured("8B (Llama 3.1)", "FSDP2, one rank", 7.54, ONE | dict(engine="fsdp2")),
     Measured("8B (Llama 3.1)", "FSDP2, one rank, rows in host memory", 4.19,
              ONE | dict(engine="fsdp2", offload="base")),
@@ -73,7 +86,7 @@ MEASURED = (
 
 
 def main(args: argparse.Namespace) -> None:
-    tables = f"{fits_table()}\n\n{measured_table()}"
+    tables = f"{fits_table()}\n\n{compiled_table()}\n\n{measured_table()}"
     if not args.write:
         print(tables)
         return
@@ -91,6 +104,16 @@ def fits_table() -> str:
     return "\n".join(lines)
 
 
+def compiled_table() -> str:
+    """For every model and card the largest activation budget of compiled layers, for some batch sizes."""
+    models = list(MODELS)[:-1]
+    lines = [f"| compiled, one GPU of GiB | {' | '.join(models)} |", f"| --- |{' --- |' * len(models)}"]
+    for gib in CARDS:
+        cells = [", ".join(_budgets(_shape(name), gib)) or "no" for name in models]
+        lines.append(f"| {gib} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def measured_table() -> str:
     """Peak allocated memory of runs on a GPU beside the planner's figure for the same."""
     lines = ["| run | measured | planner | off |", "| --- | --- | --- | --- |"]
@@ -100,6 +123,17 @@ def measured_table() -> str:
         off = f"{predicted / run.peak_gib - 1:+.1%}"
         lines.append(f"| {run.model}, {run.what} | {run.peak_gib:.2f} GiB | {predicted:.2f} GiB | {off} |")
     return "\n".join(lines)
+
+
+def _budgets(shape: ModelShape, gib: int) -> list[str]:
+    found = []
+    for batch_size in BATCHES:
+        settings = replace(QLORA, engine="none", batch_size=batch_size)
+        budget = largest_activation_budget(shape, settings, gib * GIB)
+        if budget is not None:
+            kept = replace(settings, compile_layers=True, activation_budget=budget)
+            found.append(f"batch {batch_size}: {budget:g} ({estimate_memory(shape, kept).needed_bytes / GIB:.1f})")
+    return found
 
 
 def _best(shape: ModelShape, gpus: int, gib: int) -> str:
