@@ -62,11 +62,16 @@ def set_layer_options(
 def compile_layers(layers: Sequence[nn.Module], *, activation_budget: float | None = None) -> None:
     """Compile each layer in place; the first training step pays for it.
 
+    Under DDP torch would cut every graph where a bucket of gradients is full, the first at 1 MiB, so that reducing can
+    begin inside the graph. Of a layer that would make two, and what passes between them would be kept for backward.
+    DDP reduces layer by layer as it is, so that is switched off, for the process.
+
     Args:
         layers: the decoder layers.
         activation_budget: 0 to 1, how much of what a layer's backward could keep is kept; None leaves that to
             checkpointing around the layer.
     """
+    torch._dynamo.config.optimize_ddp = False
     if activation_budget is None:
         for layer in layers:
             layer.compile()

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from hf_fsdp_qlora import load_model
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.layer_options import compile_layers, limit_checkpointing, set_layer_options
+from hf_fsdp_qlora.layer_options import LayerCompiler, compile_layers, limit_checkpointing, set_layer_options
 from hf_fsdp_qlora.quantization.bitsandbytes import FourBitBackend
 from hf_fsdp_qlora.skeleton import decoder_layers
+from tests.distributed import run_distributed
 from tests.lora_models import TOKENS, gradients, load_with_adapter
 from tests.tiny_models import save_tiny_model
 
@@ -151,6 +152,32 @@ def test_load_model_takes_both_options(tmp_path: Path) -> None:
     assert all(layer._compiled_call_impl is not None for layer in layers)
     base.gradient_checkpointing_enable()
     assert [layer.gradient_checkpointing for layer in layers] == [True] + [False] * (len(layers) - 1)
+
+
+def graphs_under_ddp(path: str) -> int:
+    """On a rank: for how many graphs the compiler is asked when two equal layers run under DDP."""
+    config = LoraConfig(r=64, target_modules="all-linear")
+    model: Any = load_model(path, peft_config=config, fsdp="none", compile_layers=True, activation_budget=0.0)
+    adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    assert adapter > 2 * torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
+    model.enable_input_require_grads()
+    asked = 0
+
+    def count(self: LayerCompiler, graph: Any, inputs: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return graph.forward
+
+    LayerCompiler.__call__ = count  # type: ignore[method-assign,assignment]
+    parallel = torch.nn.parallel.DistributedDataParallel(model.train())
+    parallel(input_ids=TOKENS, use_cache=False)
+    return asked
+
+
+def test_layers_are_whole_graphs_under_ddp(tmp_path: Path) -> None:
+    """torch would end a graph where DDP's first bucket is full, at 1 MiB of adapters, and keep what passes there."""
+    path = save_tiny_model(tmp_path, hidden_size=256, intermediate_size=4096)
+    assert run_distributed(graphs_under_ddp, str(path), world_size=1) == [1]
 
 
 def test_compiling_under_fsdp_is_refused(model: PeftModel) -> None:
