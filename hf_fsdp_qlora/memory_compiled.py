@@ -23,15 +23,15 @@ into one kernel there: silu, its backward, and the product of gate and up):
 | everything, or all recomputed by checkpointing | cT (5I + 5H + 2Q + 2K) + W, in the product before P |
 
 A linear layer of the MLP without LoRA has nothing twice, and the product of gate and up is then not made again for MLP
-out. LoRA over 16-bit weights, where PEFT scales and adds, has two more I in the first row and in the last, and one H in
-the first. Norms of queries and keys add 2(Q + K) to the first row and Q + K to the others; padding widens as above.
+out. LoRA over 16-bit weights, where PEFT scales and adds, has two more I in every row, and one more H in the first.
+Norms of queries and keys add 2(Q + K) to the first row and Q + K to the others; padding widens as above.
 
 The forward of the last layer takes 4cTI + 3cTH + W, or what is kept, 3cTH and W, on top of its input.
 
 Source: the joint graph that torch's partitioner cuts and the allocations in inductor's code for it, with its rules for
-GPUs, for Llama shapes of 1B to 70B at 2,048 tokens (torch 2.11 and 2.13 cut alike); tests/test_planner_compiled.py
-repeats the first, and compares with what was measured. Left out: other architectures, dropout, FSDP, which refuses
-compiled layers.
+GPUs, for Llama shapes of 1B to 70B at 2,048 tokens (torch 2.11 and 2.13 alike): benchmarks/compiled_memory.py prints both
+beside the tables, tests/test_planner_compiled.py compares with the first and with what was measured. Left out: other
+architectures, dropout, and FSDP, which refuses compiled layers.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def compiled_backward_bytes(shape: ModelShape, step: StepSettings, budget: float
     products = scale * sum(_products(shape))
     if budget * scale * _all_widths(shape, step) >= CERTAIN * products:
         narrow = 3 * hidden + 2 * queries + 2 * keys + shape.qk_norm_width
-        return (3 + out) * wide + results + scale * narrow + small
+        return (3 + out + apart) * wide + results + scale * narrow + small
     narrow = (6 + apart // 2) * hidden + 2 * queries + keys_values + 2 * shape.qk_norm_width
     return (3 + ins + out + apart) * wide + results + scale * narrow + small
 
