@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from hf_fsdp_qlora.checkpoint import StoredTensor
 from hf_fsdp_qlora.engine import Engine, Offload
 from hf_fsdp_qlora.precision import Precision, resolve_precision
+from hf_fsdp_qlora.trainer_compat.flops import num_weights
 from hf_fsdp_qlora.trainer_compat.full_training import FullTraining, full_training, set_full_training
 from hf_fsdp_qlora.trainer_compat.logs import LogSource
 from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment, prepare_model
@@ -58,4 +59,5 @@ def attach(
         stored: where its weights are in the checkpoint; None with an adapter, whose base is never written.
     """
     install()
-    prepare_model(model, Attachment(engine, precision or resolve_precision(None), offload, stored))
+    marker = Attachment(engine, precision or resolve_precision(None), offload, stored, num_weights(model))
+    prepare_model(model, marker)

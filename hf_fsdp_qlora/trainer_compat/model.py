@@ -38,12 +38,14 @@ class Attachment:
         precision: the dtypes of the run.
         offload: what lives in host memory.
         stored: where its weights are in the checkpoint, by the model's names.
+        num_weights: see flops.py.
     """
 
     engine: Engine
     precision: Precision = resolve_precision(None)
     offload: Offload = "none"
     stored: Mapping[str, StoredTensor] | None = None
+    num_weights: int = 0
 
 
 def attachment(model: Any) -> Attachment | None:

@@ -25,6 +25,7 @@ from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.precision import check_mixed_precision
 from hf_fsdp_qlora.trainer_compat.evaluation import patched_evaluate
+from hf_fsdp_qlora.trainer_compat.flops import patched_floating_point_ops
 from hf_fsdp_qlora.trainer_compat.full_training import WHOLE_MODEL_PATCHES, full_training
 from hf_fsdp_qlora.trainer_compat.logs import with_log_sources
 from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment
@@ -58,6 +59,7 @@ def install() -> None:
         (transformers.trainer_utils, "get_last_checkpoint", patched_get_last_checkpoint),
         (Trainer, "evaluate", patched_evaluate),
         (Trainer, "log", with_log_sources),
+        (Trainer, "floating_point_ops", patched_floating_point_ops),
         *ADAPTER_PATCHES,
         *WHOLE_MODEL_PATCHES,
     ):
