@@ -7,13 +7,13 @@ Makes a random model of that shape in bitsandbytes NF4 with double quantisation,
 own quantiser (the 16-bit model never exists), and trains LoRA on all linear layers through the stock SFTTrainer, every
 sequence length in fresh processes. Quantised once, one layer's bytes stand for all layers, unless --distinct-layers.
 Each rank is capped with `set_per_process_memory_fraction`, less what CUDA and NCCL take themselves (`--reserve-gib`),
-so one large GPU stands in for small cards; ranks that outnumber the GPUs share one. "card in use" is what the driver
-says of the whole GPU after the last step: whether all of it stayed within the small card, if the rank has the GPU to
-itself. Ranks allocate with `PYTORCH_ALLOC_CONF=expandable_segments:True` unless --no-expandable. Quantised bytes are
-checked against their fingerprints before the first step and after the last. Random weights: losses only show that they
-are finite and equal on all ranks. Every figure is printed as soon as it is known; a run that does not fit is a line of
-its own, and the next one begins. `--stock` shows what transformers does with the same folder under the same cap.
-`--keep` names a folder for the models, to be used by the next call too.
+so one large GPU stands in for small cards; ranks that outnumber the GPUs share one. "card" is the allocator's peak and
+what the driver counts beyond it after the last step (CUDA, NCCL): whether all of it stayed within the small card, if
+the rank has the GPU to itself. Ranks allocate with `PYTORCH_ALLOC_CONF=expandable_segments:True` unless
+--no-expandable. Quantised bytes are checked against their fingerprints before the first step and after the last.
+Random weights: losses only show that they are finite and equal on all ranks. Every figure is printed as soon as it is
+known; a run that does not fit is a line of its own, and the next one begins. `--stock` shows what transformers does
+with the same folder under the same cap. `--keep` names a folder for the models, to be used by the next call too.
 
 Host memory is RssAnon + RssShmem of a rank at its highest: what the process allocated, page cache left out; "pinned"
 are the pinned blocks that its parameters lie in. `--replicate-head` and `--embedding-on-host` concern vocabularies
@@ -51,7 +51,7 @@ GIB = 2**30
 STEPS = 3
 LARGE_VOCABULARY = 100_000
 COLUMNS = ("vocabulary", "tokens", "rank", "load s", "peak loading GiB", "peak training GiB", "planner GiB",
-           "reserved GiB", "card in use GiB", "host peak GiB", "pinned GiB", "s per step", "losses")  # fmt: skip
+           "reserved GiB", "card GiB", "host peak GiB", "pinned GiB", "s per step", "losses")  # fmt: skip
 TABLE = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 
@@ -264,12 +264,13 @@ def make_trainer(model: Any, output_dir: str, args: dict[str, Any], steps: Steps
 
 
 def gpu_gib() -> dict[str, float]:
-    """Peak of tensors, of the allocator's reservation, and what the card has in use in all ranks."""
+    """Peaks of tensors, of the allocator's reservation, and of that with what the card holds beside it."""
     if not torch.cuda.is_available():
         return {"peak": 0.0, "reserved": 0.0, "card": 0.0}
     free, total = torch.cuda.mem_get_info()
     peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
-    return {"peak": peak, "reserved": reserved, "card": (total - free) / GIB}
+    beside = (total - free - torch.cuda.memory_reserved()) / GIB
+    return {"peak": peak, "reserved": reserved, "card": reserved + beside}
 
 
 def row(vocab_size: int, seq_len: int, rank: int, planned: float, result: dict[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""How much of the time of all-gathers a GPU also computes, from a trace that torch's profiler exported.
+"""How much of the time of all-gathers a GPU also computes, and when it idles, from a trace that torch's profiler
+exported.
 
     python benchmarks/trace_overlap.py trace.json.gz
 
@@ -64,6 +65,28 @@ def overlap(trace: dict[str, Any]) -> Overlap:
         for other_start, other_end in compute
     )
     return Overlap(_total(gathers), hidden, _total(compute), len(gathers))
+
+
+def idle_lines(trace: dict[str, Any], longest: int = 10) -> list[str]:
+    """When the GPU had nothing to do between the first and the last kernel: a sum, and the longest times."""
+    events = [event for event in trace["traceEvents"] if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    events.sort(key=lambda event: event["ts"])
+    gaps: list[tuple[float, float, str, str]] = []
+    end, last = events[0]["ts"], events[0]["name"]
+    for event in events:
+        if event["ts"] > end:
+            gaps.append((event["ts"] - end, event["ts"] - events[0]["ts"], last, event["name"]))
+        if event["ts"] + event["dur"] > end:
+            end, last = event["ts"] + event["dur"], event["name"]
+    short, long = ([gap for gap, *_ in gaps if (gap > 20) is kind] for kind in (False, True))
+    lines = [
+        f"  idle {sum(short) / 1e3:.1f} ms in {len(short)} gaps of up to 20 us, {sum(long) / 1e3:.1f} ms in "
+        f"{len(long)} longer ones; {(end - events[0]['ts']) / 1e3:.1f} ms from first to last"
+    ]
+    return lines + [
+        f"    {gap / 1e3:6.2f} ms, {at / 1e3:6.1f} ms after the start, between {before[:50]} and {after[:50]}"
+        for gap, at, before, after in sorted(gaps, reverse=True)[:longest]
+    ]
 
 
 def merge(intervals: Iterable[Interval]) -> list[Interval]:
