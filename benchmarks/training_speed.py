@@ -13,12 +13,14 @@ Variants, all with gradient checkpointing unless they say otherwise:
   stock           transformers + bitsandbytes + PEFT
   stock_compiled  the same, each decoder layer compiled
   plain           this package, PEFT's own LoRA arithmetic
-  eager           this package as it is: LoRA added by the base's product
+  eager           this package as it is: LoRA added by the base's product, layers of one input computed together
+  apart           eager, each linear layer by itself
   compiled        eager, each decoder layer compiled
   opaque          compiled, with the dequantisation as an operation that the compiler does not look into
   some            compiled, the first `--checkpoint-layers` layers recomputed, the others keep their activations
   none            compiled, nothing recomputed
   budget:X        compiled, the compiler recomputes inside the layers to an `activation_budget` of X
+  budget_apart:X  the same, each linear layer by itself
 
 `VARIANT+bf16` holds adapters and their moments in bf16, as TRL makes those of the stock stack; this package's own are
 float32 masters otherwise. `VARIANT@N` runs with a batch of N, whatever `--batch` says.
@@ -44,11 +46,15 @@ import torch
 from large_shapes import SHAPES, write_model
 from launch import describe_machine
 from torch import nn
+from trace_overlap import idle_lines, read_trace
 from transformers import TrainerCallback
 
+from hf_fsdp_qlora import siblings
+
+SIBLINGS = siblings.NAMES
 GIB = 2**30
-VARIANTS = ("stock", "stock_compiled", "plain", "eager", "compiled", "opaque", "some", "none")
-USUAL = ("stock", "stock_compiled", "plain", "eager", "compiled", "some", "none")
+VARIANTS = ("stock", "stock_compiled", "plain", "apart", "eager", "compiled", "opaque", "some", "none")
+USUAL = ("stock", "stock_compiled", "plain", "apart", "eager", "compiled", "some", "none")
 WARM_STEPS = 3
 HEADER = (
     "| variant | batch | tok/s | s per step | peak GiB | reserved GiB | load s | compile s | whole s | losses |\n"
@@ -108,11 +114,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def variant_name(text: str) -> str:
-    """One of `VARIANTS`, or "budget:X", and "+bf16" and "@N" behind it or not."""
+    """One of `VARIANTS`, or "budget:X" or "budget_apart:X", and "+bf16" and "@N" behind it or not."""
     variant, _, batch_size = text.partition("@")
     variant = variant.removesuffix("+bf16")
     kind, _, budget = variant.partition(":")
-    if kind == "budget":
+    if kind in ("budget", "budget_apart"):
         float(budget)
     elif variant not in VARIANTS:
         raise ValueError(text)
@@ -137,6 +143,7 @@ def run(variant: str, batch_size: int, args: argparse.Namespace, model_path: str
 
     torch.compiler.reset()
     QuantizedLoraLinear.fuse = not variant.startswith("plain")
+    siblings.NAMES = () if "apart" in variant or variant.startswith(("plain", "opaque")) else SIBLINGS
     FourBitBackend.trace_kernel = not variant.startswith("opaque")
     started = time.perf_counter()
     if variant.startswith("stock"):
@@ -187,7 +194,7 @@ def load_ours(model_path: str, variant: str, checkpoint_layers: int) -> nn.Modul
     return load_model(
         model_path, peft_config=lora_config(), dtype=torch.bfloat16,
         adapter_dtype=torch.float32 if plain == variant else torch.bfloat16,
-        compile_layers=kind in ("compiled", "opaque", "some", "none", "budget"),
+        compile_layers=kind in ("compiled", "opaque", "some", "none", "budget", "budget_apart"),
         checkpoint_layers=checkpoint_layers if kind == "some" else None,
         activation_budget=float(budget) if budget else None,
     )  # fmt: skip
@@ -280,6 +287,9 @@ def summarize(profiler: Any, seconds: float) -> str:
     busy_s = sum(event.self_device_time_total for event in kernels) / 1e6
     launches = sum(event.count for event in kernels)
     lines = [f"step {seconds:.3f} s, GPU busy {busy_s:.3f} s, {launches} kernels and copies"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        lines += idle_lines(read_trace(file.name))
     lines += [
         f"  {event.self_device_time_total / 1e3:8.2f} ms {event.count:6d} x "
         f"{event.self_device_time_total / event.count:8.1f} us  {event.key[:110]}"

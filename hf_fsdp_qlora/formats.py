@@ -111,3 +111,35 @@ def shard_range(num_items: int, rank: int, world_size: int) -> tuple[int, int]:
     chunk = -(-num_items // world_size)
     start = min(rank * chunk, num_items)
     return start, min(start + chunk, num_items)
+
+
+@dataclass(frozen=True)
+class WideShape:
+    """The shape of a weight with columns for B.
+
+    Attributes:
+        in_features: of every member.
+        out_features: of each member.
+        ranks: of each member's adapter.
+        columns: behind the weights; the ranks of all layers that share the input, of which these may be some.
+        first_column: where, among these columns, the first member's B begins.
+    """
+
+    in_features: int
+    out_features: tuple[int, ...]
+    ranks: tuple[int, ...]
+    columns: int
+    first_column: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(all out_features, in_features + columns)."""
+        return sum(self.out_features), self.in_features + self.columns
+
+    def members(self) -> list[tuple[int, int, int, int]]:
+        """(first row, first column, out_features, rank) of each member."""
+        placed, row, column = [], 0, self.first_column
+        for out_features, rank in zip(self.out_features, self.ranks, strict=True):
+            placed.append((row, column, out_features, rank))
+            row, column = row + out_features, column + rank
+        return placed

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_fsdp_qlora.dora import QuantizedDora, dora_forward
 from hf_fsdp_qlora.fsdp1 import is_wrapped
+from hf_fsdp_qlora.siblings import LoraSiblings
 
 
 class QuantizedLoraLinear(LoraLinear):
@@ -24,6 +25,9 @@ class QuantizedLoraLinear(LoraLinear):
     fuse: bool = True
     """Whether the base's product may add the adapter; a class attribute to switch it off for a comparison."""
 
+    siblings: LoraSiblings | None = None
+    """The layers that read the same input and may compute together with this one."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of `x`.
 
@@ -35,7 +39,11 @@ class QuantizedLoraLinear(LoraLinear):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) == 1 and active[0] in self.lora_variant:
             return dora_forward(self, x, active[0])
-        if len(active) == 1 and self._fusible(x, active[0]):
+        if len(active) == 1 and self.siblings is not None:
+            output = self.siblings.output(self, x, active[0])
+            if output is not None:
+                return output
+        if len(active) == 1 and self.fusible(x, active[0]):
             weights = self.lora_A[active[0]].weight, self.lora_B[active[0]].weight
             return self.base_layer(x, lora=(*weights, self.scaling[active[0]]))
         result = self.base_layer(x)
@@ -51,7 +59,7 @@ class QuantizedLoraLinear(LoraLinear):
             result = result + update.to(result.dtype)
         return result
 
-    def _fusible(self, x: Tensor, name: str) -> bool:
+    def fusible(self, x: Tensor, name: str) -> bool:
         """Whether `apply_lora_linear` computes what this layer means: one input, one dtype, nobody watching A or B."""
         base: Any = self.base_layer
         lora_a: Any = self.lora_A[name]

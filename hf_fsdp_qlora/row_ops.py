@@ -77,9 +77,9 @@ class _Linear(torch.autograd.Function):
         ctx.spec, ctx.out_features, ctx.in_features = spec, out_features, in_features
         ctx.bias_dtype = None if bias is None else bias.dtype
         dense = dequantize_rows(weight, weight_stats, spec, out_features, in_features, input).to(input.dtype)
-        with _products_in(input):
+        with products_in(input):
             output = nn.functional.linear(input, dense, None if bias is None else bias.to(input.dtype))
-        return _own_view(output, output.shape)
+        return own_view(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -89,7 +89,7 @@ class _Linear(torch.autograd.Function):
             dense = dequantize_rows(weight, weight_stats, ctx.spec, ctx.out_features, ctx.in_features, grad_output).to(
                 grad_output.dtype
             )
-            with _products_in(grad_output):
+            with products_in(grad_output):
                 grad_input = grad_output @ dense
         if ctx.needs_input_grad[3]:
             grad_bias = grad_output.reshape(-1, ctx.out_features).sum(0).to(ctx.bias_dtype)
@@ -126,27 +126,27 @@ class _LoraLinear(torch.autograd.Function):
         dtype = input.dtype
         rows, a, b = input.reshape(-1, in_features), lora_a.to(dtype), lora_b.to(dtype)
         dense = dequantize_rows(weight, weight_stats, spec, out_features, in_features, input).to(dtype)
-        with _products_in(input):
-            at_a = _scaled(nn.functional.linear(rows, a), scaling)
+        with products_in(input):
+            at_a = scaled(nn.functional.linear(rows, a), scaling)
             update = nn.functional.linear(at_a, b, None if bias is None else bias.to(dtype))
-            output = _add_product(update, rows, dense.t())
+            output = add_product(update, rows, dense.t())
         ctx.save_for_backward(input, at_a, weight, weight_stats, a, b)
         ctx.spec, ctx.out_features, ctx.in_features, ctx.scaling = spec, out_features, in_features, scaling
         ctx.adapter_dtypes = lora_a.dtype, lora_b.dtype
-        return _own_view(output, (*input.shape[:-1], out_features))
+        return own_view(output, (*input.shape[:-1], out_features))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         input, at_a, weight, weight_stats, a, b = ctx.saved_tensors
         rows, grad = input.reshape(-1, ctx.in_features), grad_output.reshape(-1, ctx.out_features)
         grad_input = None
-        with _products_in(input):
-            grad_at_a = _scaled(grad @ b, ctx.scaling)
+        with products_in(input):
+            grad_at_a = scaled(grad @ b, ctx.scaling)
             if ctx.needs_input_grad[0]:  # not in the first layer, if its input is kept
                 dense = dequantize_rows(
                     weight, weight_stats, ctx.spec, ctx.out_features, ctx.in_features, grad_output
                 ).to(input.dtype)
-                grad_input = _add_product(grad_at_a @ a, grad, dense).view(input.shape)
+                grad_input = add_product(grad_at_a @ a, grad, dense).view(input.shape)
                 del dense
             a_dtype, b_dtype = ctx.adapter_dtypes
             grad_a = (grad_at_a.t() @ rows).to(a_dtype)
@@ -158,7 +158,7 @@ apply_linear: Callable[..., Tensor] = _Linear.apply
 apply_lora_linear: Callable[..., Tensor] = _LoraLinear.apply
 
 
-def _products_in(operand: Tensor) -> AbstractContextManager[object]:
+def products_in(operand: Tensor) -> AbstractContextManager[object]:
     """Products in the dtype of the operand: without autocast, unless that would change nothing."""
     device = operand.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != operand.dtype:
@@ -166,12 +166,12 @@ def _products_in(operand: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _scaled(product: Tensor, scaling: float) -> Tensor:
+def scaled(product: Tensor, scaling: float) -> Tensor:
     """scaling * product, in its memory. For the (n, r) products of an adapter: the smallest there are to scale."""
     return product if scaling == 1 else product.mul_(scaling)
 
 
-def _add_product(update: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def add_product(update: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """update + left @ right, (n, m). In eager code the product adds the update while it stores; compiled code, which
     would copy the update first, adds both in the kernel that reads the sum."""
     if torch.compiler.is_compiling():
@@ -179,7 +179,7 @@ def _add_product(update: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return update.addmm_(left, right)
 
 
-def _own_view(output: Tensor, shape: tuple[int, ...]) -> Tensor:
+def own_view(output: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The same memory in another shape, as a tensor of its own.
 
     FSDP2 warns about views, because an in-place op on one would drop its backward hook. Compiled code gets a view:

@@ -38,6 +38,7 @@ LAYERS = [
     },
     {"quantization"},
     {"row_ops", "outside"},
+    {"sibling_ops"},
     {"linear", "base_checkpoint", "base_record", "saved_adapter", "merge_check"},
     {
         "validation",
@@ -50,7 +51,7 @@ LAYERS = [
     },
     {"sharding", "skeleton", "matching", "lora_config", "layer_options"},
     {"allocation", "fsdp1", "fsdp1_state", "integrity", "report", "dora", "prequantized", "expand", "merge"},
-    {"adapter_source", "export", "lora", "lora_layer", "new_layers", "owners"},
+    {"adapter_source", "export", "lora", "lora_layer", "siblings", "new_layers", "owners"},
     {"weights", "trainer_compat", "data"},
     {"callbacks", "quantize_checkpoint", "load_checks", "loading", "rotary", "train"},
     {"commands"},

@@ -7,7 +7,7 @@ files or modules; the loader hands it the rows of one rank and a way to see stat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.formats import RowFormat
+from hf_fsdp_qlora.formats import RowFormat, WideShape
 
 GatherRows = Callable[[Tensor], Tensor]
 """(local_rows, k) on this rank -> (num_rows, k) of the whole tensor, on every rank."""
@@ -105,6 +105,38 @@ class QuantizationBackend(ABC):
                 gradient cannot be made in forward and kept, and is another than the weight of the forward.
         """
         return dequantize_op(codes, stats, self.spec, shape[0], shape[1], used_with)
+
+    def joins(self, wide: WideShape) -> bool:
+        """Whether `dequantize_wide` writes such a weight at once on this machine's accelerator, so that it pays."""
+        return False
+
+    def dequantize_wide(
+        self,
+        codes: Sequence[Tensor],
+        stats: Sequence[Tensor],
+        lora_b: Sequence[Tensor],
+        wide: WideShape,
+        used_with: Tensor,
+    ) -> Tensor:
+        """The weights of several layers, one below the other, with columns behind them that hold the B of their
+        adapters, each in its own place and zeros beside it. For code that is traced.
+
+        Args:
+            codes, stats: of each layer, as in `dequantize`.
+            lora_b: (out_features, rank) of each, contiguous, in the dtype that is wanted.
+            wide: the shapes.
+            used_with: as in `traced_dequantize`.
+
+        Returns:
+            `wide.shape` in the dtype of `lora_b`. This one is the reference: every value is copied once more.
+        """
+        parts = []
+        for index, (_, column, out_features, rank) in enumerate(wide.members()):
+            shape = (out_features, wide.in_features)
+            weight = self.traced_dequantize(codes[index], stats[index], shape, used_with)
+            columns = pad(lora_b[index], (column, wide.columns - column - rank))
+            parts.append(torch.cat([weight.to(columns.dtype), columns], dim=1))
+        return torch.cat(parts)
 
     def prepare(self, device: torch.device) -> None:  # noqa: B027  (optional, not forgotten)
         """Make what `traced_dequantize` needs on a device. Called once the device is known, before any tracing."""

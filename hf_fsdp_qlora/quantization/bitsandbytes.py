@@ -7,6 +7,7 @@ absmax; it is computed from the gathered absmax vector by the same call on the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from hf_fsdp_qlora.errors import ConfigError
-from hf_fsdp_qlora.formats import NESTED_BLOCKS, four_bit_rows
-from hf_fsdp_qlora.quantization import four_bit_kernel
+from hf_fsdp_qlora.formats import NESTED_BLOCKS, WideShape, four_bit_rows
+from hf_fsdp_qlora.quantization import four_bit_kernel, wide_kernel
 from hf_fsdp_qlora.quantization.base import GatherRows, QuantizationBackend, in_rows, register_backend
 from hf_fsdp_qlora.quantization.configs import BlockwiseFourBitConfig
 
@@ -128,6 +129,25 @@ class FourBitBackend(QuantizationBackend):
                 dtype=self.dtype, used_with=used_with,
             )  # fmt: skip
         return super().traced_dequantize(codes, stats, shape, used_with)
+
+    def joins(self, wide: WideShape) -> bool:
+        """See `QuantizationBackend.joins`."""
+        return four_bit_kernel.here() and wide_kernel.plan(wide, self.block_size, self.nested) is not None
+
+    def dequantize_wide(
+        self,
+        codes: Sequence[Tensor],
+        stats: Sequence[Tensor],
+        lora_b: Sequence[Tensor],
+        wide: WideShape,
+        used_with: Tensor,
+    ) -> Tensor:
+        """See `QuantizationBackend.dequantize_wide`. One kernel of ours where `joins` says so."""
+        how = wide_kernel.plan(wide, self.block_size, self.nested)
+        here = four_bit_kernel.available(codes[0]) and four_bit_kernel.prepared(codes[0])
+        if how is None or not here or lora_b[0].dtype != self.dtype:
+            return super().dequantize_wide(codes, stats, lora_b, wide, used_with)
+        return wide_kernel.write(codes, stats, lora_b, wide, how, quant_type=self.quant_type, used_with=used_with)
 
     def prepare(self, device: torch.device) -> None:
         """See `QuantizationBackend.prepare`."""

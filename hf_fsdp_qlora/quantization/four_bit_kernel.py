@@ -45,8 +45,13 @@ _FP4_HALF = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 
 TABLES = {"nf4": _NF4, "fp4": (*_FP4_HALF, *(-value for value in _FP4_HALF))}
 
 
+def here() -> bool:
+    """Whether the kernel can run on this machine: Triton is there, and an NVIDIA GPU (it has PTX in it)."""
+    return triton is not None and torch.version.hip is None and torch.cuda.is_available()
+
+
 def available(codes: Tensor) -> bool:
-    """Whether the kernel can run on these codes: Triton is there and they are on an NVIDIA GPU (it has PTX in it)."""
+    """Whether the kernel can run on these codes. Asking CUDA, as `here` does, would take longer than to launch."""
     return triton is not None and codes.is_cuda and torch.version.hip is None
 
 
@@ -71,6 +76,11 @@ def prepare(device: torch.device, dynamic_map: Tensor) -> None:
 def prepared(codes: Tensor) -> bool:
     """Whether the tables are on the device of the codes."""
     return codes.device.index in _TABLES
+
+
+def tables_of(device: torch.device) -> dict[str, Tensor]:
+    """What `prepare` put on a device: "nf4" and "fp4", (16,) float32, and "dynamic", (256,) float32."""
+    return _TABLES[device.index]
 
 
 def dequantize(
@@ -103,7 +113,7 @@ def dequantize(
         `shape` in `dtype`.
     """
     weights = torch.empty(shape, dtype=dtype, device=codes.device)
-    tables = _TABLES[codes.device.index]
+    tables = tables_of(codes.device)
     blocks = CHUNK_WEIGHTS // block_size
     _rows_to_weights[(codes.shape[0], NESTED_BLOCKS // blocks)](
         codes, stats, tables[quant_type], tables["dynamic"], weights, used_with,
@@ -131,7 +141,7 @@ def launch(
     regular = (rows | own_stats | numel) % 16 == 0 and numel < 2**31
     key = (codes.device.index, block_size, nested, dtype)
     weights = torch.empty(shape, dtype=dtype, device=codes.device)
-    tables = _TABLES[codes.device.index]
+    tables = tables_of(codes.device)
     blocks = CHUNK_WEIGHTS // block_size
     grid = (codes.shape[0], NESTED_BLOCKS // blocks, 1)
     constants = (blocks, block_size // 2, NESTED_BLOCKS, stats.shape[1], nested, True)
@@ -158,14 +168,13 @@ _COMPILED: dict[tuple[int | None, int, bool, torch.dtype], Any] = {}
 if triton is not None:
 
     @triton.jit
-    def _rows_to_weights(
-        codes, stats, table, dynamic_map, weights, used_with, numel,
-        blocks: tl.constexpr, block_bytes: tl.constexpr, row_blocks: tl.constexpr, stats_bytes: tl.constexpr,
+    def decode(
+        codes, stats, table, dynamic_map, weights, row, block,
+        block_bytes: tl.constexpr, row_blocks: tl.constexpr, stats_bytes: tl.constexpr,
         nested: tl.constexpr, cuda: tl.constexpr,
     ):  # fmt: skip  # type: ignore[no-untyped-def]
-        """Program (row, chunk) writes `blocks` blocks of one row."""
-        row = tl.program_id(0).to(tl.int64)
-        block = tl.program_id(1) * blocks + tl.arange(0, blocks)
+        """The weights of some blocks of one row, (len(block), 2 * block_bytes) in the dtype of `weights`."""
+        blocks: tl.constexpr = block.shape[0]
         if nested:
             own = stats + row * stats_bytes
             level = (own + row_blocks).to(tl.pointer_type(tl.float32))
@@ -186,7 +195,20 @@ if triton is not None:
         high = tl.load(table + (pairs >> 4)) * absmax[:, None]
         low = tl.load(table + (pairs & 15)) * absmax[:, None]
         dtype = weights.dtype.element_ty
-        values = tl.interleave(high.to(dtype), low.to(dtype))
+        return tl.interleave(high.to(dtype), low.to(dtype))
+
+    @triton.jit
+    def _rows_to_weights(
+        codes, stats, table, dynamic_map, weights, used_with, numel,
+        blocks: tl.constexpr, block_bytes: tl.constexpr, row_blocks: tl.constexpr, stats_bytes: tl.constexpr,
+        nested: tl.constexpr, cuda: tl.constexpr,
+    ):  # fmt: skip  # type: ignore[no-untyped-def]
+        """Program (row, chunk) writes `blocks` blocks of one row."""
+        row = tl.program_id(0).to(tl.int64)
+        block = tl.program_id(1) * blocks + tl.arange(0, blocks)
+        values = decode(
+            codes, stats, table, dynamic_map, weights, row, block, block_bytes, row_blocks, stats_bytes, nested, cuda
+        )
         inside = block[:, None] * (2 * block_bytes) + tl.arange(0, 2 * block_bytes)[None, :]
         at = row * (row_blocks * block_bytes * 2) + inside
         tl.store(weights + at, values, mask=at < numel)

@@ -1,0 +1,126 @@
+"""Which LoRA layers compute together in compiled code: those that a decoder layer calls with one and the same input.
+
+The model's own code calls query, key and value one after the other. When that is traced, the first call computes all
+three (sibling_ops.py) and leaves the others' outputs here; the next calls, if they come with that same tensor, take
+theirs. Otherwise they compute alone, and the compiler drops what nobody took.
+
+Eager code computes one by one: what is saved there in launches is spent in Python (benchmarks/NOTES_speed.md). Left
+out too: finding siblings by watching a forward; they are known by the names that transformers' decoders share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from hf_fsdp_qlora.formats import WideShape
+from hf_fsdp_qlora.linear import QuantizedLinear
+from hf_fsdp_qlora.sibling_ops import SiblingShape, apply_lora_siblings, share_shape
+
+NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Children of one module that read the same input, in the order they are called."""
+
+ONE_PRODUCT_BYTES = 64 * 2**20
+"""Dequantised weights up to this size are multiplied at once; larger ones keep the GPU busy for longer than a launch
+takes, and are not made while another is there."""
+
+
+class LoraSiblings:
+    """Layers that read one input, for one adapter.
+
+    Args:
+        members: `QuantizedLoraLinear`s, in the order they are called.
+        name: of the adapter.
+        shape: of their products.
+    """
+
+    def __init__(self, members: Sequence[Any], name: str, shape: SiblingShape) -> None:
+        self.members = tuple(members)
+        self.name = name
+        self.shape = shape
+        self.key = share_shape(shape)
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] | None = None
+
+    def output(self, layer: Any, x: Tensor, name: str) -> Tensor | None:
+        """The output of one member, or None if it is to compute alone."""
+        if not torch.compiler.is_compiling():
+            return None
+        if layer is self.members[0]:
+            if not self._compute_together(x, name):
+                return None
+            self._input, self._outputs = x, self._compute(x)
+            return self._outputs[0]
+        if self._outputs is None or x is not self._input:
+            return None
+        output = next(own for member, own in zip(self.members, self._outputs, strict=True) if member is layer)
+        if layer is self.members[-1]:
+            self._input = self._outputs = None
+        return output
+
+    def _compute_together(self, x: Tensor, name: str) -> bool:
+        if name != self.name:
+            return False
+        for member in self.members:
+            watched = member.base_layer._forward_hooks or member.base_layer._forward_pre_hooks
+            if watched or not member.fusible(x, name) or member.scaling[name] != self.shape.scaling:
+                return False
+        return True
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        tensors: list[Any] = []  # see `sibling_ops.TENSORS`
+        for member in self.members:
+            base: Any = member.base_layer
+            tensors += [base.weight, base.weight_stats, base.bias]
+            tensors += [member.lora_A[self.name].weight, member.lora_B[self.name].weight]
+        dtype = self.members[0].base_layer.product_dtype(x.device.type)
+        return tuple(output.to(x.dtype) for output in apply_lora_siblings(x.to(dtype), self.key, *tensors))
+
+
+def join_siblings(model: nn.Module, name: str) -> None:
+    """Let the quantised layers of an adapter that read one input compute together when they are compiled, where their
+    format can.
+
+    Args:
+        model: with the adapter injected; on meta or not.
+        name: of the adapter.
+    """
+    for parent in model.modules():
+        for names in NAMES:
+            called = [parent._modules.get(child) for child in names]
+            children: list[Any] = [child for child in called if isinstance(child, LoraLayer)]
+            shape = _shape(children, name)
+            if shape is not None:
+                siblings = LoraSiblings(children, name, shape)
+                for child in children:
+                    child.siblings = siblings
+
+
+def _shape(children: Sequence[Any], name: str) -> SiblingShape | None:
+    """The shape of the products, or None where layers cannot share any."""
+    if len(children) < 2 or not all(name in child.lora_A for child in children):
+        return None
+    bases = [child.base_layer for child in children]
+    if not all(isinstance(base, QuantizedLinear) for base in bases):
+        return None
+    alike = {(base.backend.spec, base.in_features, base.bias is None, child.scaling[name])
+             for base, child in zip(bases, children, strict=True)}  # fmt: skip
+    if len(alike) > 1 or any(child.lora_variant for child in children):
+        return None
+    backend, in_features, ranks = bases[0].backend, bases[0].in_features, [child.r[name] for child in children]
+    sizes = [base.out_features for base in bases]
+    columns = sum(ranks)
+    if sum(sizes) * in_features * backend.dtype.itemsize <= ONE_PRODUCT_BYTES:
+        parts = [WideShape(in_features, tuple(sizes), tuple(ranks), columns)]
+    else:
+        parts = [
+            WideShape(in_features, (size,), (rank,), columns, sum(ranks[:index]))
+            for index, (size, rank) in enumerate(zip(sizes, ranks, strict=True))
+        ]
+    if not all(backend.joins(part) for part in parts):
+        return None
+    return SiblingShape(backend.spec, tuple(parts), children[0].scaling[name])
