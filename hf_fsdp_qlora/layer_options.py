@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_fsdp_qlora.engine import Engine
 from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.quantization import triton_lacks
 
 
 def set_layer_options(
@@ -43,7 +44,8 @@ def set_layer_options(
     """What `load_model` does with the arguments of these names, on a model that may still be on meta.
 
     Raises:
-        ConfigError: see the functions below; or layers are to be compiled under FSDP, or options do not go together.
+        ConfigError: see the functions below; or layers are to be compiled under FSDP or where Triton cannot run, or
+            options do not go together.
     """
     _check_budget(compiled, checkpointed, activation_budget)
     if activation_budget is not None:
@@ -53,6 +55,12 @@ def set_layer_options(
             raise ConfigError(
                 f"compile_layers=True under {engine}: its hooks inside the decoder layers break every graph. Leave "
                 "compile_layers out, or train on one GPU or under DDP."
+            )
+        lacks = triton_lacks() if torch.cuda.is_available() else None
+        if lacks is not None:
+            raise ConfigError(
+                f"compile_layers=True, but Triton cannot launch kernels here: {lacks}; or leave compile_layers and "
+                "activation_budget out."
             )
         compile_layers(layers, activation_budget=activation_budget)
     if checkpointed is not None:

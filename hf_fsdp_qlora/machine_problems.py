@@ -46,6 +46,16 @@ def gpus_compute_in_bfloat16(facts: Facts) -> str | None:
     return f"{', '.join(old)}: no bfloat16 in hardware. Use precision: fp32." if old else None
 
 
+def triton_can_launch(facts: Facts) -> str | None:
+    """Without it 4-bit weights are dequantised by bitsandbytes' kernels, and TRL's loss and torch.compile fail."""
+    lacks = facts["system"].get("triton_lacks")
+    if not facts["gpus"] or lacks is None:
+        return None
+    return (
+        f"Triton cannot launch kernels here: {lacks}. compile_layers needs it, and 4-bit weights are slower without."
+    )
+
+
 def gpus_are_alike(facts: Facts) -> str | None:
     """FSDP and DDP give every rank the same work."""
     kinds = sorted({f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in facts["gpus"]})
@@ -85,6 +95,6 @@ def cards_can_talk(facts: Facts) -> str | None:
 
 
 RULES: tuple[Callable[[Facts], str | None], ...] = (
-    versions_are_new_enough, torch_sees_the_gpus, gpus_compute_in_bfloat16, gpus_are_alike,
-    shared_memory_is_large_enough, kernel_is_new_enough, cards_can_talk,
+    versions_are_new_enough, torch_sees_the_gpus, gpus_compute_in_bfloat16, triton_can_launch,
+    gpus_are_alike, shared_memory_is_large_enough, kernel_is_new_enough, cards_can_talk,
 )  # fmt: skip

@@ -23,6 +23,7 @@ BAD: dict[str, dict[str, Any]] = {
     "versions_are_new_enough": {"packages": {"torch": "2.10.1", "transformers": "5.17.0"}},
     "torch_sees_the_gpus": {"gpus": []},
     "gpus_compute_in_bfloat16": {"gpus": [dict(GPU, name="Tesla T4", compute_capability="7.5")] * 2},
+    "triton_can_launch": {"system": GOOD["system"] | {"triton_lacks": "there is no C compiler"}},
     "gpus_are_alike": {"gpus": [GPU, dict(GPU, name="NVIDIA A100")]},
     "shared_memory_is_large_enough": {"free": {"shared_memory_gib": 0.1}},
     "kernel_is_new_enough": {"system": {"platform": "Linux-4.18.0-x86_64", "torch_cuda": "13.0"}},

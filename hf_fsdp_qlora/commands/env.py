@@ -73,6 +73,8 @@ def _system() -> dict[str, Any]:
     import psutil
     import torch
 
+    from hf_fsdp_qlora.quantization import triton_lacks
+
     nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else None
     return {
         "platform": platform.platform(),
@@ -80,6 +82,7 @@ def _system() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "torch_cuda": torch.version.cuda,
         "nccl": ".".join(map(str, nccl)) if nccl else None,
+        "triton_lacks": triton_lacks(),
     }
 
 

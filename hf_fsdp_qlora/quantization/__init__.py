@@ -20,6 +20,7 @@ from hf_fsdp_qlora.quantization.configs import (
     DynamicInt8Config,
     LinearInt8Config,
 )
+from hf_fsdp_qlora.quantization.triton_build import triton_lacks
 
 __all__ = [
     "BlockwiseFourBitConfig",
@@ -34,4 +35,5 @@ __all__ = [
     "quant_methods",
     "register_backend",
     "skip_modules",
+    "triton_lacks",
 ]

@@ -7,6 +7,7 @@ absmax; it is computed from the gathered absmax vector by the same call on the s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from hf_fsdp_qlora.formats import NESTED_BLOCKS, WideShape, four_bit_rows
 from hf_fsdp_qlora.quantization import four_bit_kernel, wide_kernel
 from hf_fsdp_qlora.quantization.base import GatherRows, QuantizationBackend, in_rows, register_backend
 from hf_fsdp_qlora.quantization.configs import BlockwiseFourBitConfig
+
+logger = logging.getLogger(__name__)
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCK_SIZE = 64
@@ -150,7 +153,12 @@ class FourBitBackend(QuantizationBackend):
         return wide_kernel.write(codes, stats, lora_b, wide, how, quant_type=self.quant_type, used_with=used_with)
 
     def prepare(self, device: torch.device) -> None:
-        """See `QuantizationBackend.prepare`."""
+        """See `QuantizationBackend.prepare`. Says so where bitsandbytes' slower kernels have to do."""
+        if device.type == "cuda" and torch.version.hip is None and four_bit_kernel.LACKS is not None:
+            logger.warning(
+                "Triton cannot launch kernels here: %s. 4-bit weights are dequantised by bitsandbytes' own kernels, "
+                "which is slower.", four_bit_kernel.LACKS,
+            )  # fmt: skip
         four_bit_kernel.prepare(device, dynamic_map(device))
 
     def reference_dequantize(self, codes: Tensor, stats: Tensor, shape: tuple[int, int]) -> Tensor:

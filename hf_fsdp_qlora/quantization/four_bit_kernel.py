@@ -13,7 +13,8 @@ kDequantizeBlockwise in bitsandbytes' csrc/kernels.cu.
 (`prepare`), because a graph cannot make them. Eager code calls `launch` instead, which remembers what Triton compiled:
 Triton's own call inspects every argument each time, which takes longer than most weights take to dequantise.
 
-Triton comes with torch's CUDA builds. `available` says whether the kernel can run; bitsandbytes does where it cannot.
+Triton comes with torch's CUDA builds, and needs a C compiler (triton_build.py). `available` says whether the kernel
+can run; bitsandbytes does where it cannot.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ import torch
 from torch import Tensor
 
 from hf_fsdp_qlora.formats import NESTED_BLOCKS
+from hf_fsdp_qlora.quantization.triton_build import triton_lacks
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # builds of torch for the CPU come without it
     triton = None
+
+LACKS = triton_lacks()
+"""Why no kernel can run, or None; traced code reads it too."""
 
 CHUNK_WEIGHTS = 4096
 """Weights of one program; at least the largest block size, so that a program holds whole blocks."""
@@ -46,13 +51,13 @@ TABLES = {"nf4": _NF4, "fp4": (*_FP4_HALF, *(-value for value in _FP4_HALF))}
 
 
 def here() -> bool:
-    """Whether the kernel can run on this machine: Triton is there, and an NVIDIA GPU (it has PTX in it)."""
-    return triton is not None and torch.version.hip is None and torch.cuda.is_available()
+    """Whether the kernel can run on this machine: Triton can, and there is an NVIDIA GPU (it has PTX in it)."""
+    return LACKS is None and torch.version.hip is None and torch.cuda.is_available()
 
 
 def available(codes: Tensor) -> bool:
     """Whether the kernel can run on these codes. Asking CUDA, as `here` does, would take longer than to launch."""
-    return triton is not None and codes.is_cuda and torch.version.hip is None
+    return LACKS is None and codes.is_cuda and torch.version.hip is None
 
 
 def on_device_of(codes: Tensor) -> AbstractContextManager[object]:
