@@ -43,6 +43,7 @@ from hf_fsdp_qlora.fsdp1 import check_fsdp1, share_rows
 from hf_fsdp_qlora.integrity import check_integrity, check_replicas
 from hf_fsdp_qlora.layer_options import set_layer_options
 from hf_fsdp_qlora.load_checks import check_settings, check_wrapped_classes
+from hf_fsdp_qlora.lora import ADAPTER_NAME
 from hf_fsdp_qlora.matching import match_checkpoint
 from hf_fsdp_qlora.outside import WholeParameters, keep_whole
 from hf_fsdp_qlora.precision import Precision, resolve_precision
@@ -51,6 +52,7 @@ from hf_fsdp_qlora.quantization import backend_for_config, skip_modules
 from hf_fsdp_qlora.report import make_report
 from hf_fsdp_qlora.rotary.config import RotaryConfig, check_load
 from hf_fsdp_qlora.sharding import apply_fsdp2, apply_fsdp2_to_rows, make_mesh
+from hf_fsdp_qlora.siblings import join_siblings
 from hf_fsdp_qlora.skeleton import build_skeleton, decoder_layers, replace_linears
 from hf_fsdp_qlora.trainer_compat import attach
 from hf_fsdp_qlora.weights import PlannedWeight, fill
@@ -198,6 +200,8 @@ def load_model(
             kept = replace_packed_linears(model, matched, quantization_config, storage_dtype=storage_dtype)
         weights = [PlannedWeight(*_owner(model, key), tensor) for key, tensor in matched.items()]
         root = adapter.inject(model)
+        if compile_layers:
+            join_siblings(root, ADAPTER_NAME)
         whole: WholeParameters = {}
         if engine == "fsdp1":
             check_fsdp1(root, layers)

@@ -37,7 +37,6 @@ from hf_fsdp_qlora.errors import ConfigError
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.lora_layer import DenseLoraLinear, QuantizedLoraLinear
 from hf_fsdp_qlora.sharding import local_tensor, write_full_tensor
-from hf_fsdp_qlora.siblings import join_siblings
 
 ADAPTER_NAME = "default"  # PEFT's own default; load_model makes one adapter
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -65,7 +64,6 @@ def add_adapter(
     config.init_lora_weights = wanted
     _tie_saved_modules(peft_model, config)
     _set_dtype(peft_model, adapter_dtype)
-    join_siblings(peft_model, ADAPTER_NAME)
     if config.inference_mode:  # PEFT leaves trained biases trainable
         peft_model.requires_grad_(False)
     return peft_model

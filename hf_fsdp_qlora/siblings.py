@@ -2,7 +2,8 @@
 
 The model's own code calls query, key and value one after the other. When that is traced, the first call computes all
 three (sibling_ops.py) and leaves the others' outputs here; the next calls, if they come with that same tensor, take
-theirs. Otherwise they compute alone, and the compiler drops what nobody took.
+theirs. Otherwise they compute alone, and the compiler drops what nobody took. A hook on the module that called them
+forgets the outputs: what outlived the trace would be kept with all that its backward needs.
 
 Eager code computes one by one: what is saved there in launches is spent in Python (benchmarks/NOTES_speed.md). Left
 out too: finding siblings by watching a forward; they are known by the names that transformers' decoders share.
@@ -43,31 +44,33 @@ class LoraSiblings:
         self.name = name
         self.shape = shape
         self.key = share_shape(shape)
+        self.ranks = tuple(rank for part in shape.parts for rank in part.ranks)
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] | None = None
 
     def output(self, layer: Any, x: Tensor, name: str) -> Tensor | None:
         """The output of one member, or None if it is to compute alone."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() or name != self.name:
             return None
         if layer is self.members[0]:
-            if not self._compute_together(x, name):
+            if not self._alike(x):
                 return None
             self._input, self._outputs = x, self._compute(x)
-            return self._outputs[0]
         if self._outputs is None or x is not self._input:
             return None
-        output = next(own for member, own in zip(self.members, self._outputs, strict=True) if member is layer)
-        if layer is self.members[-1]:
-            self._input = self._outputs = None
-        return output
+        return next(own for member, own in zip(self.members, self._outputs, strict=True) if member is layer)
 
-    def _compute_together(self, x: Tensor, name: str) -> bool:
-        if name != self.name:
-            return False
-        for member in self.members:
+    def forget(self, *_: Any) -> None:
+        """A forward hook of the module that calls the members: nothing stays for the next call."""
+        self._input = self._outputs = None
+
+    def _alike(self, x: Tensor) -> bool:
+        """Whether every member still means what it meant when they were joined."""
+        for member, rank in zip(self.members, self.ranks, strict=True):
             watched = member.base_layer._forward_hooks or member.base_layer._forward_pre_hooks
-            if watched or not member.fusible(x, name) or member.scaling[name] != self.shape.scaling:
+            if watched or self.name not in member.lora_A or not member.fusible(x, self.name):
+                return False
+            if member.r[self.name] != rank or member.scaling[self.name] != self.shape.scaling:
                 return False
         return True
 
@@ -83,7 +86,11 @@ class LoraSiblings:
 
 def join_siblings(model: nn.Module, name: str) -> None:
     """Let the quantised layers of an adapter that read one input compute together when they are compiled, where their
-    format can.
+    format can. For models whose layers will be.
+
+    With transformers 5.23 checkpointing is inside a compiled layer, and torch then refuses to trace a forward that
+    changes an object, because recomputing would not change it again. What is left here is gone when forward ends, so
+    that is allowed, for the process. (There is no narrower setting.)
 
     Args:
         model: with the adapter injected; on meta or not.
@@ -95,7 +102,9 @@ def join_siblings(model: nn.Module, name: str) -> None:
             children: list[Any] = [child for child in called if isinstance(child, LoraLayer)]
             shape = _shape(children, name)
             if shape is not None:
+                torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
                 siblings = LoraSiblings(children, name, shape)
+                parent.register_forward_hook(siblings.forget)
                 for child in children:
                     child.siblings = siblings
 

@@ -5,6 +5,7 @@ The CPU takes the reference of `dequantize_wide`; the kernel that makes it pay i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ Step = tuple[Tensor, dict[str, Tensor]]
 
 
 @pytest.fixture
-def joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with the kernel."""
+def joined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine with the kernel. What joining sets for the process ends with the test."""
     monkeypatch.setattr(FourBitBackend, "joins", lambda self, wide: True)
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=False):
+        yield
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32, **lora: Any) -> PeftModel:
@@ -36,6 +39,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32, **lora: Any) -> PeftMod
         path, peft_config=LoraConfig(init_lora_weights=False, **settings), quantization_config=bnb_config(dtype),
         dtype=dtype, adapter_dtype=dtype, seed=SEED,
     )  # fmt: skip
+    siblings.join_siblings(model, "default")
     return model.train()
 
 
@@ -54,7 +58,8 @@ def compiled(model: PeftModel) -> list[int]:
     aot_eager: Any = torch._dynamo.lookup_backend("aot_eager")
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        products.append(sum(node.target is autograd_function_apply for node in graph.graph.nodes))
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        products.append(sum(node.target is autograd_function_apply for part in parts for node in part.graph.nodes))
         return aot_eager(graph, inputs)
 
     torch.compiler.reset()
@@ -96,6 +101,36 @@ def test_siblings_compute_what_they_compute_one_by_one(
     products = compiled(model)
     assert_close(step(model), wanted)
     assert {*products} == {4}, "query, key and value; o; gate and up; down"
+
+
+def test_siblings_inside_checkpoints(joined: None, tmp_path: Path) -> None:
+    """transformers 5.23 checkpoints inside of what is compiled, and torch is strict about what it traces there."""
+    save_tiny_model(tmp_path)
+    model = load(tmp_path)
+    wanted = step(model)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    products = compiled(model)
+    assert_close(step(model), wanted)
+    assert {*products} == {4}
+
+
+def up_first(mlp: Any, x: Tensor) -> Tensor:
+    """As Falcon-H1 calls them."""
+    up = mlp.up_proj(x)
+    return mlp.down_proj(up * mlp.act_fn(mlp.gate_proj(x)))
+
+
+def test_outputs_that_nobody_took_are_forgotten(joined: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path)
+    model = load(tmp_path)
+    wanted = step(model)
+    monkeypatch.setattr(type(layers(model)[0].mlp), "forward", up_first)
+    compiled(model)
+    assert_close(step(model), wanted)
+    for layer in layers(model):
+        kept = layer.mlp.gate_proj.siblings
+        assert kept._input is None and kept._outputs is None
 
 
 def test_bf16_siblings_are_as_far_from_float32_as_single_layers(joined: None, tmp_path: Path) -> None:
@@ -175,6 +210,41 @@ def test_adapters_that_are_switched_off_or_rescaled_are_respected(joined: None, 
     assert products[0] == 4 and 6 in products
 
 
+def test_members_with_another_adapter_compute_alone(joined: None, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    model = load(tmp_path)
+    again = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    model.add_adapter("other", again)
+    key = layers(model)[0].self_attn.k_proj
+
+    def key_alone() -> None:
+        key.set_adapter("other")
+
+    def another_rank() -> None:  # the same name and scaling
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            model.add_adapter("default", again)
+        model.set_adapter("default")
+
+    def some_layers() -> None:
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        model.add_adapter("default", LoraConfig(target_modules=["q_proj"], lora_alpha=12))
+        model.set_adapter("default")
+
+    for change in (key_alone, another_rank, some_layers):
+        change()
+        with torch.no_grad():
+            wanted = model(input_ids=TOKENS, use_cache=False).logits
+            compiled(model)
+            own = model(input_ids=TOKENS, use_cache=False).logits
+        for layer in layers(model):
+            layer._compiled_call_impl = None
+        torch.testing.assert_close(own, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
 def test_the_input_of_the_first_layer_needs_no_gradient(joined: None, tmp_path: Path) -> None:
     """Gradients of A and B are the same without one."""
     save_tiny_model(tmp_path)
@@ -194,9 +264,22 @@ def test_the_input_of_the_first_layer_needs_no_gradient(joined: None, tmp_path: 
         assert torch.equal(own, expected)
 
 
-def test_no_siblings_where_nothing_writes_their_weight_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("compile_layers", "here", "expected"), [(True, True, 10), (True, False, 0), (False, True, 0)]
+)
+def test_siblings_join_where_layers_are_compiled_and_their_weight_is_written_at_once(
+    joined: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile_layers: bool, here: bool, expected: int
 ) -> None:
+    monkeypatch.setattr(FourBitBackend, "joins", lambda self, wide: here)
+    save_tiny_model(tmp_path)
+    model = load_model(
+        tmp_path, peft_config=LoraConfig(target_modules="all-linear"), quantization_config=bnb_config(),
+        dtype=torch.bfloat16, compile_layers=compile_layers,
+    )  # fmt: skip
+    assert num_joined(model) == expected
+
+
+def test_no_siblings_without_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(four_bit_kernel, "here", lambda: False)
     save_tiny_model(tmp_path)
     assert num_joined(load(tmp_path)) == 0
