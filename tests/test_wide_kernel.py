@@ -70,9 +70,10 @@ def test_kernel_equals_the_reference(block_size: int, wide: WideShape, nested: b
     ("wide", "block_size"),
     [
         (WideShape(96, (96, 96), (8, 8), 16), 64), (WideShape(128, (128, 128), (2, 2), 4), 64),
-        (WideShape(8192, (2**18,), (8,), 8), 64), (WideShape(128, (8, 8, 8, 8), (8, 8, 8, 8), 32), 64),
+        (WideShape(8192, (2**18,), (8,), 8), 64), (WideShape(28672, (74870,), (8,), 8), 4096),
+        (WideShape(128, (8, 8, 8, 8), (8, 8, 8, 8), 32), 64),
     ],
-    ids=["blocks across rows of the weight", "odd width", "more than 32 bits", "too many"],
+    ids=["blocks across rows of the weight", "odd width", "more than 32 bits", "with padding", "too many"],
 )  # fmt: skip
 def test_shapes_that_do_not_fit(wide: WideShape, block_size: int) -> None:
     assert plan(wide, block_size, True) is None

@@ -64,6 +64,8 @@ def plan(wide: WideShape, block_size: int, nested: bool) -> Plan | None:
     programs = 0
     for index, (out_features, rank) in enumerate(zip(wide.out_features, wide.ranks, strict=True)):
         num_rows = layout.num_rows(out_features * wide.in_features)
+        if num_rows * layout.row_size >= 2**31:  # the kernel counts the padding of the last row, too
+            return None
         span = num_rows + -(-out_features // (tile_rows * chunks))
         of_members[4 * index : 4 * index + 4] = num_rows, span, out_features, rank
         programs += span
