@@ -11,8 +11,8 @@ nothing expensive is recomputed. In between, the products that save most time pe
 `limit_checkpointing` recomputes the activations of the first layers only, as many as asked for. The last layers keep
 theirs: backward frees these first, before the first recomputation needs room for its own.
 
-Left out: compiling under FSDP, whose hooks inside the layers break every graph; replaying layers as CUDA graphs, which
-was slower and took more memory (benchmarks/NOTES_speed.md).
+Left out: compiling under FSDP, whose hooks inside the layers break every graph; compiling generation, which stays
+eager; replaying layers as CUDA graphs, which was slower and took more memory (benchmarks/NOTES_speed.md).
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def set_layer_options(
                 "activation_budget out."
             )
         compile_layers(layers, activation_budget=activation_budget)
+        patched: Any = model
+        patched.generate = partial(_generate_eagerly, patched.generate)
     if checkpointed is not None:
         limit_checkpointing(model, layers, checkpointed)
 
@@ -87,6 +89,13 @@ def compile_layers(layers: Sequence[nn.Module], *, activation_budget: float | No
     backend = LayerCompiler(activation_budget)
     for layer in layers:
         layer.compile(backend=backend)
+
+
+def _generate_eagerly(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Generate with layers as they were: the cache of each layer would make another graph of the one code that all
+    layers run, and after eight graphs torch stops compiling it; training that begins later would be eager."""
+    with torch.compiler.set_stance("force_eager"):
+        return generate(*args, **kwargs)
 
 
 class LayerCompiler:

@@ -123,6 +123,7 @@ def load_model(
         is_trainable: False freezes the adapter of `adapter_name_or_path`.
         adapter_dtype: of adapters and other trained parameters; float32 masters unless `precision` says otherwise.
         compile_layers: compile each decoder layer; the first steps take longer, later ones less. Not under FSDP.
+            Changes settings of torch._dynamo for the process: see `compile_layers` and `join_siblings`.
         checkpoint_layers: where gradient checkpointing is on, recompute the first so many decoder layers only; the
             others keep their activations. None recomputes all.
         activation_budget: with `compile_layers`, the compiler recomputes inside each layer instead: 0 keeps the

@@ -180,6 +180,17 @@ def test_layers_are_whole_graphs_under_ddp(tmp_path: Path) -> None:
     assert run_distributed(graphs_under_ddp, str(path), world_size=1) == [1]
 
 
+def test_generation_compiles_nothing(model: PeftModel) -> None:
+    """The cache of each layer would be a graph of its own, and after 8 of them torch compiles no layer any more."""
+    base: Any = model.get_base_model()
+    set_layer_options(base, decoder_layers(base), engine="none", compiled=True, checkpointed=None)
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for generating in (model, base):
+        assert generating.generate(input_ids=TOKENS, max_new_tokens=2, do_sample=False).shape == (2, 18)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
 def test_compiling_under_fsdp_is_refused(model: PeftModel) -> None:
     base: Any = model.get_base_model()
     with pytest.raises(ConfigError, match="compile_layers=True under fsdp2"):
