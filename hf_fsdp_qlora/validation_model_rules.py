@@ -111,11 +111,14 @@ def memory_settings(run: Run) -> MemorySettings:
     """The planner's view of a run.
 
     Raises:
-        ConfigError: the planner does not know the optimizer, the format, or what is trained.
+        ConfigError: the planner does not know the optimizer, the format, what is trained, or what is recomputed.
     """
     optimizer = str(run.get("optim"))
     if optimizer not in OPTIMIZER_STATE_BYTES:
         raise ConfigError(f"the planner does not know optim={optimizer}")
+    checkpointed = run.recipe.get("checkpoint_layers")
+    if checkpointed is not None and run.get("gradient_checkpointing"):
+        raise ConfigError(f"the planner does not know checkpoint_layers={checkpointed}")
     targets = run.get("lora_target_modules") or "all-linear"
     nodes = int(run.accelerate.get("num_machines") or 1)
     engines = {"FSDP": f"fsdp{run.fsdp_version}", "MULTI_GPU": "ddp" if run.num_processes > 1 else "none"}

@@ -126,6 +126,7 @@ def test_validate_says_which_memory_it_cannot_predict(models: dict[str, str]) ->
     base = {"model_name_or_path": models["8b"], "dtype": "bfloat16"}
     for keys, unknown in (
         ({"use_peft": True, "optim": "adalomo"}, "optim=adalomo"),
+        ({"use_peft": True, "checkpoint_layers": 4}, "checkpoint_layers=4"),
         ({"use_peft": True, "hqq_nbits": 3}, "not this format"),
         ({"rotary_active": "2GiB"}, "not as 2GiB"),
     ):
