@@ -4,14 +4,16 @@
     PYTHONPATH=. python benchmarks/compiled_memory.py --shapes 8b --budgets 0.4 --batch 4
 
 A decoder layer is traced and compiled, with inductor's rules for GPUs where they decide about tensors (a sum after a
-product is not fused into it if a pointwise kernel can add it). The code that inductor writes for backward says when
-each buffer is allocated and freed: it is executed with tensors on the meta device and kernels that do nothing, and
-living bytes are added up. So the peak is the wrapper's; what a kernel allocates by itself is not in it, except the
-dequantised weight and, in the backward of attention, float32 sums and keys and values as wide as queries.
+product is not fused into it if a pointwise kernel can add it), and NF4 layers that read one input joined as on CUDA
+(`--apart`: one by one). The code that inductor writes says when each buffer is allocated and freed: forward, then
+backward are executed with tensors on the meta device and kernels that do nothing, and living bytes are added up. So
+the peak is the wrapper's; what a kernel allocates by itself is not in it, except the dequantised weight and, in the
+backward of attention, float32 sums and keys and values as wide as queries.
 
-Prints MiB per layer: kept beside the layer's input (the partitioner's choice, the planner), and the peak of its
-backward, with its input and the gradient that comes in (inductor's code, the planner). Exit status 1 if the planner is
-more than 1 % below a figure.
+Prints MiB per layer: kept beside the layer's input (the compiler's, with what views keep alive; the planner's), and
+the peak of its backward, with its input and the gradient that comes in (likewise). Exit status 1 if the planner is
+more than 1 % below for a model of 16 such layers: where it lets a layer keep more than the compiler, the peak may be
+lower. On the CPU attention's output is not among what the compiler keeps below 1, on GPUs with flash attention it is.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import re
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,12 +34,15 @@ from torch._inductor.fx_passes import post_grad
 from torch._inductor.graph import GraphLowering
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from hf_fsdp_qlora.lora import add_adapter
+from hf_fsdp_qlora.formats import WideShape
+from hf_fsdp_qlora.lora import ADAPTER_NAME, add_adapter
 from hf_fsdp_qlora.memory_compiled import compiled_backward_bytes, compiled_layer_bytes
 from hf_fsdp_qlora.memory_settings import MemorySettings
 from hf_fsdp_qlora.memory_step import step_settings
 from hf_fsdp_qlora.model_shape import model_shape
 from hf_fsdp_qlora.quantization import backend_for_config
+from hf_fsdp_qlora.quantization.bitsandbytes import FourBitBackend
+from hf_fsdp_qlora.siblings import join_siblings
 from hf_fsdp_qlora.skeleton import decoder_layers, replace_linears
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -48,11 +54,15 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 MIB = 2**20
 TOLERANCE = 0.01
+LAYERS = 16
 
 
 def main(args: argparse.Namespace) -> int:
-    print("| shape | budget | batch | kept: compiler | planner | off | peak: compiler | planner | off |")
-    print(f"|{' --- |' * 9}")
+    if not args.apart:
+        FourBitBackend.joins = lambda self, wide: True  # type: ignore[method-assign]
+        FourBitBackend.dequantize_wide = dequantize_wide  # type: ignore[method-assign]
+    print("| shape | budget | batch | kept: compiler | planner | off | peak: compiler | planner | off | |")
+    print(f"|{' --- |' * 10}")
     missed = False
     for name in args.shapes:
         config: Any = LlamaConfig(
@@ -60,15 +70,16 @@ def main(args: argparse.Namespace) -> int:
         )
         settings = MemorySettings(
             engine="none", method="lora" if args.dense else "qlora", batch_size=args.batch, seq_len=args.seq_len,
-            padded=args.padded,
+            padded=args.padded, compile_layers=True,
         )  # fmt: skip
         shape = model_shape(config)
-        step = step_settings(shape, settings)
+        step = replace(step_settings(shape, settings), joins=not (args.apart or args.dense))
         for budget in args.budgets:
             kept, peak = compiled_bytes(config, settings, budget)
-            cells = compare(kept, compiled_layer_bytes(shape, step, budget))
-            cells += compare(peak, compiled_backward_bytes(shape, step, budget))
-            missed |= any("BELOW" in cell for cell in cells)
+            planned, at_peak = (of(shape, step, budget) for of in (compiled_layer_bytes, compiled_backward_bytes))
+            off = ((LAYERS - 1) * planned + at_peak) / ((LAYERS - 1) * kept + peak) - 1
+            missed |= off < -TOLERANCE
+            cells = [*compare(kept, planned), *compare(peak, at_peak), " BELOW" if off < -TOLERANCE else ""]
             print(f"| {name} | {budget:g} | {args.batch} | {' | '.join(cells)} |", flush=True)
     return int(missed)
 
@@ -76,20 +87,25 @@ def main(args: argparse.Namespace) -> int:
 def compare(compiler: int, planner: int) -> list[str]:
     """Three cells: the compiler's bytes, the planner's, how far off."""
     off = planner / compiler - 1 if compiler else 0.0
-    mark = " BELOW" if off < -TOLERANCE else ""
-    return [f"{compiler / MIB:.1f}", f"{planner / MIB:.1f}", f"{off:+.1%}{mark}"]
+    return [f"{compiler / MIB:.1f}", f"{planner / MIB:.1f}", f"{off:+.1%}"]
 
 
 def compiled_bytes(config: Any, settings: MemorySettings, budget: float) -> tuple[int, int]:
     """What a layer keeps beside its input, and the peak of its backward with its input and its gradient."""
     model, layer = one_layer(config, quantized=settings.method == "qlora")
+    forward, backward = sources(model, layer, settings, budget)
     living = Living()
-    given = run_wrapper(backward_source(model, layer, settings, budget), living)
+    inputs = arguments(forward, living)
+    kept = run_wrapper(forward, inputs, living)[1:]  # the layer's output is not its own to keep
     flow = 2 * settings.batch_size * settings.seq_len * config.hidden_size
     # Cosines and sines, and a mask of booleans, are there once for all layers.
     shared = 2 * 2 * settings.seq_len * config.head_dim
     shared += settings.batch_size * settings.seq_len**2 if settings.padded else 0
-    return given - 2 * flow - shared, living.peak - shared
+    kept_bytes = living.now - flow - shared
+    living.peak = 0
+    kept.append(living.see(torch.empty(flow // 2, dtype=torch.bfloat16, device="meta")))
+    run_wrapper(backward, kept, living)
+    return kept_bytes, living.peak - shared
 
 
 def one_layer(config: Any, *, quantized: bool) -> tuple[Any, torch.nn.Module]:
@@ -102,19 +118,38 @@ def one_layer(config: Any, *, quantized: bool) -> tuple[Any, torch.nn.Module]:
             model, backend_for_config(nf4, torch.bfloat16), skip_modules=None, storage_dtype=torch.uint8
         )  # fmt: skip
     adapted: Any = add_adapter(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    join_siblings(adapted, ADAPTER_NAME)
     adapted.to_empty(device="cpu")
     adapted.enable_input_require_grads()
     adapted.train()
     return adapted, decoder_layers(adapted.get_base_model())[0]
 
 
+@torch.library.custom_op("compiled_memory::wide", mutates_args=())
+def wide_op(
+    codes: list[Tensor], stats: list[Tensor], lora_b: list[Tensor], rows: int, columns: int, used_with: Tensor
+) -> Tensor:
+    """An operation that the compiler does not look into, as on CUDA, where it is one kernel."""
+    return lora_b[0].new_empty(rows, columns)
+
+
+@wide_op.register_fake
+def _(codes, stats, lora_b, rows, columns, used_with):  # type: ignore[no-untyped-def]
+    return lora_b[0].new_empty(rows, columns)
+
+
+def dequantize_wide(_: Any, codes: Any, stats: Any, lora_b: Any, wide: WideShape, used_with: Tensor) -> Tensor:
+    """`QuantizationBackend.dequantize_wide`, without values."""
+    return wide_op(list(codes), list(stats), list(lora_b), *wide.shape, used_with)
+
+
 class _Compiled(Exception):  # noqa: N818 (no error: there is nothing to run)
     pass
 
 
-def backward_source(model: Any, layer: torch.nn.Module, settings: MemorySettings, budget: float) -> str:
-    """The Python that inductor writes for the layer's backward."""
-    sources: list[str] = []
+def sources(model: Any, layer: torch.nn.Module, settings: MemorySettings, budget: float) -> list[str]:
+    """The Python that inductor writes for the layer's forward and for its backward."""
+    written: list[str] = []
     inductor: Any = torch._dynamo.lookup_backend("inductor")  # type: ignore[attr-defined]
 
     def compile_only(graph: Any, inputs: Any) -> Any:
@@ -126,7 +161,7 @@ def backward_source(model: Any, layer: torch.nn.Module, settings: MemorySettings
         raise _Compiled
 
     torch._dynamo.reset()
-    GraphLowering.save_output_code = staticmethod(sources.append)  # type: ignore[method-assign]
+    GraphLowering.save_output_code = staticmethod(written.append)  # type: ignore[method-assign]
     AsyncCompile.cpp_pybinding = lambda *_, **__: None  # type: ignore[method-assign,assignment]
     post_grad.is_gpu = lambda _: True
     layer.compile(backend=compile_only)
@@ -139,8 +174,7 @@ def backward_source(model: Any, layer: torch.nn.Module, settings: MemorySettings
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if not isinstance(error.inner_exception, _Compiled):
             raise
-    _, backward = sources
-    return backward
+    return written
 
 
 class Living:
@@ -172,11 +206,28 @@ class _Nothing:
         return lambda *args, **kwargs: None
 
 
-def run_wrapper(source: str, living: Living) -> int:
-    """Execute the wrapper on the meta device.
+def arguments(source: str, living: Living) -> list[Tensor]:
+    """What the wrapper of a forward is given, on the meta device; parameters, matrices and vectors, are not living."""
+    body = source[source.index("def get_args():") : source.index("def benchmark_compiled_module")]
+    namespace: dict[str, Any] = {
+        "torch": torch,
+        "rand_strided": lambda shape, stride, device, dtype: torch.empty_strided(
+            shape, stride, dtype=dtype, device="meta"
+        ),
+    }
+    exec(body.replace("from torch._dynamo.testing import rand_strided", ""), namespace)  # noqa: S102 (inductor's code)
+    given = namespace["get_args"]()
+    return [living.see(tensor) if tensor.dim() > 2 else tensor for tensor in given]
+
+
+def run_wrapper(source: str, given: list[Tensor], living: Living) -> list[Any]:
+    """Execute a wrapper on the meta device.
+
+    Args:
+        given: its arguments; the list is emptied.
 
     Returns:
-        Bytes of what it is given beside parameters: the layer's input, what was kept, the gradient that comes in.
+        What it returns.
     """
 
     def empty(shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:
@@ -195,37 +246,29 @@ def run_wrapper(source: str, living: Living) -> int:
         return gradients
 
     stand_ins = dict(
-        extern_kernels=_Nothing(), empty_strided_cpu=empty,
+        torch=torch, extern_kernels=_Nothing(), empty_strided_cpu=empty,
         _attention=attention, _attention_backward=attention_backward,
         reinterpret_tensor=lambda tensor, shape, stride, offset: tensor.as_strided(
             shape, stride, tensor.storage_offset() + offset
         ),
         _dequantize=lambda codes, stats, spec, rows, columns, *_: empty((rows, columns), (columns, 1), torch.bfloat16),
+        _wide=lambda codes, stats, b, rows, columns, *_: empty((rows, columns), (columns, 1), torch.bfloat16),
         _kernel=lambda *_: None,
     )  # fmt: skip
-    body = re.sub(r"torch\.ops\.hf_fsdp_qlora\.dequantize\.default\(", "_dequantize(", source)
-    name = r"torch\.ops\.aten\._scaled_dot_product_flash_attention_for_cpu"
-    body = re.sub(name + r"_backward\.default\(", "_attention_backward(", body)
-    body = re.sub(name + r"\.default\(", "_attention(", body)
-    body = re.sub(r"\bcpp_fused_\w+\(", "_kernel(", body)
-    body = re.sub(r"^ *assert_(size_stride|alignment)\(.*$", "", body, flags=re.MULTILINE)
-    call = body[body.index("    def call(self, args):") : body.index("\nrunner = ")]
-    inputs = body[body.index("def get_args():") : body.index("def benchmark_compiled_module")]
-    stand_ins["rand_strided"] = lambda shape, stride, device, dtype: torch.empty_strided(
-        shape, stride, dtype=dtype, device="meta"
-    )
-    namespace: dict[str, Any] = {"torch": torch, **stand_ins}
-    inputs = inputs.replace("from torch._dynamo.testing import rand_strided", "")
-    exec(compile(f"class Runner:\n{call}\n{inputs}", "wrapper", "exec"), namespace)  # noqa: S102 (inductor's code)
-    arguments = namespace["get_args"]()
-    names = re.findall(r"\w+", call[: call.index(" = args\n")].splitlines()[-1])
-    for name, tensor in zip(names, arguments, strict=True):
-        if not name.startswith("primals_") or tensor.dim() > 2:  # parameters are matrices and vectors
-            living.see(tensor)
-    del tensor
-    given = living.now
-    namespace["Runner"]().call(arguments)
-    return given
+    body = source[source.index("    def call(self, args):") : source.index("\nrunner = ")]
+    attention_op = r"torch\.ops\.aten\._scaled_dot_product_flash_attention_for_cpu"
+    for name, stand_in in (
+        (r"torch\.ops\.hf_fsdp_qlora\.dequantize\.default\(", "_dequantize("),
+        (r"torch\.ops\.compiled_memory\.wide\.default\(", "_wide("),
+        (attention_op + r"_backward\.default\(", "_attention_backward("),
+        (attention_op + r"\.default\(", "_attention("),
+        (r"\bcpp_fused_\w+\(", "_kernel("),
+        (r"(?m)^ *assert_(size_stride|alignment)\(.*$", ""),
+    ):
+        body = re.sub(name, stand_in, body)
+    namespace: dict[str, Any] = dict(stand_ins)
+    exec(f"class Runner:\n{body}", namespace)  # noqa: S102 (inductor's code)
+    return list(namespace["Runner"]().call(given))
 
 
 if __name__ == "__main__":
@@ -235,5 +278,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--padded", action="store_true", help="attention gets a mask")
+    parser.add_argument("--apart", action="store_true", help="layers that read one input compute one by one")
     parser.add_argument("--dense", action="store_true", help="16-bit weights in place of NF4")
     raise SystemExit(main(parser.parse_args()))

@@ -117,6 +117,7 @@ class StepSettings:
     trains_base: bool
     offloaded: bool = False
     trains_embedding: bool = False
+    joins: bool = False
     backward_layers: int | None = None
     trained_layers: int | None = None
 

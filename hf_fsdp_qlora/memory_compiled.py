@@ -1,8 +1,9 @@
 """What compiled decoder layers keep for backward and need in it, by `activation_budget` (layer_options.py). Arithmetic.
 
 Known for adapters over layers like Llama's (two norms, separate linear layers, gated MLP; with or without norms of
-queries and keys). Letters as in activations.py, K the width of keys or of values; W the largest dequantised weight of
-the MLP with its statistics, 0 for 16-bit weights. Every layer keeps its input (cTH). Beside it:
+queries and keys), each computing alone; where those that read one input compute together: memory_joined.py. Letters as
+in activations.py, K the width of keys or of values; W the largest dequantised weight of the MLP with its statistics, 0
+for 16-bit weights. Every layer keeps its input (cTH). Beside it:
 
 | budget | kept |
 | --- | --- |
@@ -51,6 +52,7 @@ from hf_fsdp_qlora.activations import (
     is_gated,
 )
 from hf_fsdp_qlora.errors import ConfigError
+from hf_fsdp_qlora.memory_joined import joined_backward_bytes, joined_layer_bytes, joins
 from hf_fsdp_qlora.model_shape import ATTENTION_IN, MLP_IN, MLP_OUT, ModelShape
 
 CERTAIN = 1.02
@@ -108,7 +110,11 @@ def compiled_layer_bytes(shape: ModelShape, step: StepSettings, budget: float) -
     )
     everything = step.compute_bytes * step.tokens * _all_widths(shape, step)
     if budget == 1:
-        return everything + small + _adapter_bytes(shape, step)
+        small += _adapter_bytes(shape, step)
+    if joins(shape, step):
+        return joined_layer_bytes(shape, step, budget, everything, small)
+    if budget == 1:
+        return everything + small
     scale = step.compute_bytes * step.tokens
     room, products = budget * everything, scale * sum(_products(shape))
     attention = scale * (_queries(shape) + shape.qk_norm_width)
@@ -128,6 +134,9 @@ def compiled_backward_bytes(shape: ModelShape, step: StepSettings, budget: float
     keys_values = 2 * (queries if step.padded else keys)
     mask = step.compute_bytes * step.tokens * step.seq_len if step.padded else 0
     small = mask + _adapter_bytes(shape, step) + scale * step.lora_r * len(step.lora)
+    if joins(shape, step):
+        everything, kept = scale * _all_widths(shape, step), compiled_layer_bytes(shape, step, budget)
+        return joined_backward_bytes(shape, step, budget, everything, kept, 0 if budget == 1 else small)
     if budget == 1:
         narrow = 5 * hidden + 2 * queries + keys_values + shape.qk_norm_width
         return (3 + 2 * out + apart) * wide + dense + scale * narrow + small

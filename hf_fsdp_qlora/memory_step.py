@@ -141,6 +141,7 @@ def step_settings(shape: ModelShape, settings: MemorySettings, visit: Visit | No
         trains_head=settings.trains_head,
         head_is_cast=settings.trains_head and settings.has_adapters and not settings.engine.startswith("fsdp"),
         trains_base=not settings.has_adapters,
+        joins=settings.compile_layers and settings.method == "qlora" and settings.quant_format in ("nf4", "fp4"),
     )
     if visit is None:
         return step

@@ -35,6 +35,7 @@ LAYERS = [
         "memory_step",
         "memory_visits",
         "memory_compiled",
+        "memory_joined",
     },
     {"quantization"},
     {"row_ops", "outside"},

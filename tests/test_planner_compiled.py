@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch._inductor import compile_fx
 from transformers import GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-from hf_fsdp_qlora import load_model
+from hf_fsdp_qlora import load_model, memory_compiled
 from hf_fsdp_qlora.commands import estimate
 from hf_fsdp_qlora.compiled_choice import choose_compiled
 from hf_fsdp_qlora.errors import ConfigError
@@ -50,8 +50,12 @@ def shape() -> ModelShape:
         (dict(gradient_checkpointing=False), 14.66),
     ],
 )
-def test_compiled_8b_takes_what_was_measured(shape: ModelShape, settings: dict[str, Any], measured: float) -> None:
-    """The peaks of RESULTS.md, "Training speed": within 1 %, and not below by more than their rounding."""
+def test_compiled_8b_takes_what_was_measured(
+    shape: ModelShape, settings: dict[str, Any], measured: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peaks of RESULTS.md, "Training speed", from when every layer computed alone: within 1 %, and not below by
+    more than their rounding."""
+    monkeypatch.setattr(memory_compiled, "joins", lambda *_: False)
     peak = estimate_memory(shape, COMPILED, **settings).peak_bytes / GIB
     assert measured - 0.005 <= peak <= 1.01 * measured
 
@@ -61,7 +65,7 @@ class _Cut(Exception):  # noqa: N818 (no error: the partitioner is done)
 
 
 def kept_by_the_partitioner(model: Any, layer: torch.nn.Module, tokens: int, monkeypatch: Any, budget: float) -> int:
-    """Bytes that a compiled layer keeps beside its input and its parameters; nothing is run."""
+    """Bytes that a compiled layer keeps beside its input and its parameters, with what views hold; nothing is run."""
     kept: list[int] = []
     cut = compile_fx.min_cut_rematerialization_partition
 
@@ -70,7 +74,8 @@ def kept_by_the_partitioner(model: Any, layer: torch.nn.Module, tokens: int, mon
         outputs = forward.graph.output_node().args[0][1:]
         made = [node for node in outputs if isinstance(node, torch.fx.Node) and node.op != "placeholder"]
         tensors = [node.meta["val"] for node in made if isinstance(node.meta.get("val"), torch.Tensor)]
-        kept.append(sum(tensor.nbytes for tensor in tensors))
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        kept.append(sum({storage._cdata: storage.nbytes() for storage in storages}.values()))
         raise _Cut
 
     torch._dynamo.reset()
@@ -118,7 +123,7 @@ def test_a_larger_budget_keeps_more_and_padding_too(shape: ModelShape) -> None:
 
 def test_planner_takes_the_largest_budget_that_fits_and_proposes_smaller_ones(shape: ModelShape) -> None:
     four = MemorySettings(engine="none", batch_size=4)
-    assert largest_activation_budget(shape, four, 24 * GIB) == 0.4
+    assert largest_activation_budget(shape, four, 24 * GIB) == 0.3
     assert largest_activation_budget(shape, four, 80 * GIB) == 1.0
     assert largest_activation_budget(shape, four, 8 * GIB) is None
     kept = MemorySettings(engine="none", batch_size=4, compile_layers=True, activation_budget=1.0)
@@ -128,7 +133,7 @@ def test_planner_takes_the_largest_budget_that_fits_and_proposes_smaller_ones(sh
         assert change is not None and change[1].fits(gib * GIB)
         return change[0]
 
-    assert "activation_budget: 0.4)" in words(24)
+    assert "activation_budget: 0.3)" in words(24)
     assert "activation_budget: 0.0)" in words(12)
     shared = MemorySettings(engine="ddp", gpus=8, compile_layers=True, activation_budget=0.0)
     assert "FSDP2" in words(4, shared)
@@ -139,12 +144,12 @@ def test_estimate_command_takes_and_prints_them(tmp_path: Path, capsys: pytest.C
     parser = argparse.ArgumentParser()
     estimate.register(parser.add_subparsers())
     line = ["estimate", str(tmp_path), "--batch-size", "4", "--gpu-memory", "24GiB", "--compile-layers"]
-    assert estimate.run(parser.parse_args([*line, "--activation-budget", "0.4"])) == 0
+    assert estimate.run(parser.parse_args([*line, "--activation-budget", "0.3"])) == 0
     said = capsys.readouterr().out
-    assert "compiled layers with an activation budget of 0.4" in said and "in place of the budget: 3.62 GiB" in said
+    assert "compiled layers with an activation budget of 0.3" in said and "in place of the budget: 3.70 GiB" in said
     assert estimate.run(parser.parse_args([*line, "--activation-budget", "0.7", "--json"])) == 1
     answer = json.loads(capsys.readouterr().out)
-    assert "activation_budget: 0.4)" in answer["cheapest_change"]
+    assert "activation_budget: 0.3)" in answer["cheapest_change"]
     assert answer["settings"]["activation_budget"] == 0.7
 
 
@@ -182,7 +187,7 @@ def test_wizard_fills_the_memory_with_activations_not_with_sequences(shape: Mode
     assert chosen(141) == (8, 1.0)
     assert chosen(8) == (1, 0.0)
     assert chosen(7) is None
-    assert chosen(24, engine="ddp", gpus=2) == (4, 0.3)
+    assert chosen(24, engine="ddp", gpus=2) == (4, 0.2)  # NCCL has its part
     assert chosen(24, engine="fsdp2", gpus=2) is None
     assert chosen(24, method="rotary", active_fraction=0.1) is None
     small = model_shape(LlamaConfig(**{**LLAMA_8B, "hidden_size": 2048, "intermediate_size": 8192}))
