@@ -70,6 +70,8 @@ class LoraSiblings:
             watched = member.base_layer._forward_hooks or member.base_layer._forward_pre_hooks
             if watched or self.name not in member.lora_A or not member.fusible(x, self.name):
                 return False
+            if member.base_layer.product_dtype(x.device.type) != member.base_layer.dtype:  # the kernel casts nothing
+                return False
             if member.r[self.name] != rank or member.scaling[self.name] != self.shape.scaling:
                 return False
         return True

@@ -283,3 +283,13 @@ def test_no_siblings_without_the_kernel(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(four_bit_kernel, "here", lambda: False)
     save_tiny_model(tmp_path)
     assert num_joined(load(tmp_path)) == 0
+
+
+def test_weights_that_would_have_to_be_cast_are_not_joined(joined: None, tmp_path: Path) -> None:
+    """A float32 model under bfloat16 autocast."""
+    save_tiny_model(tmp_path)
+    model = load(tmp_path)
+    products = compiled(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        step(model)
+    assert {*products} == {7}
