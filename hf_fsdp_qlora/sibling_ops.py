@@ -6,7 +6,7 @@ product sums it in float32: no update the size of an output is written or read. 
 merges the small operations that Python pays for one by one.
 
 A part is what one product computes. Small weights form one part together, which saves launches; large ones a part
-each, so that no more than one dequantised weight exists at a time.
+each, so that forward holds one dequantised weight at a time. (The compiler orders backward, and may hold two there.)
 """
 
 from __future__ import annotations
