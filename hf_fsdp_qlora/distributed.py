@@ -7,7 +7,9 @@ ranks compare notes before anybody goes on. With no process group all of this is
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +17,9 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from hf_fsdp_qlora.errors import ConfigError
+
+SETTLE_S = 0.1
+"""Seconds. A thread that has work left needs microseconds and a turn on a core."""
 
 
 def rank() -> int:
@@ -77,6 +82,19 @@ def patient_ranks(timeout_s: float) -> Iterator[dist.ProcessGroup | None]:
         dist.destroy_process_group(group)
 
 
+def settle_at_exit() -> None:
+    """Give gloo's threads a moment before the interpreter goes, when the program ends.
+
+    They let go of a collective's tensors after the collective has returned, and need the GIL for it. If the interpreter
+    is being finalised by then, torch (2.13) ends a program that has done all its work with SIGABRT, "terminate called
+    without an active exception". Destroying the group does not wait for them: DTensor's caches keep it alive. Source:
+    github.com/pytorch/pytorch/issues/190489.
+    """
+    if _is_initialized():
+        atexit.unregister(_settle)
+        atexit.register(_settle)
+
+
 @contextmanager
 def same_outcome(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the block on every rank and leave it the same way on every rank.
@@ -104,6 +122,10 @@ def same_outcome(what: str, group: dist.ProcessGroup | None = None) -> Iterator[
             raise RuntimeError(f"{what} failed on rank {index}: {report}")
     if error is not None:
         raise error
+
+
+def _settle() -> None:
+    time.sleep(SETTLE_S)
 
 
 def _is_initialized() -> bool:

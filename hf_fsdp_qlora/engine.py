@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig, PartialState
 from transformers.utils import strtobool
 
-from hf_fsdp_qlora.distributed import world_size
+from hf_fsdp_qlora.distributed import settle_at_exit, world_size
 from hf_fsdp_qlora.errors import ConfigError
 
 Engine = Literal["none", "ddp", "fsdp1", "fsdp2"]
@@ -36,6 +36,7 @@ def resolve_engine(fsdp: str) -> Engine:
     if fsdp not in ("fsdp2", "fsdp1", "none"):
         raise ConfigError(f"fsdp={fsdp!r} is unknown; use 'auto', 'fsdp2', 'fsdp1' or 'none'.")
     state = PartialState()
+    settle_at_exit()
     if fsdp != "none":
         if not dist.is_initialized():
             raise ConfigError(
