@@ -85,10 +85,10 @@ def patient_ranks(timeout_s: float) -> Iterator[dist.ProcessGroup | None]:
 def settle_at_exit() -> None:
     """Give gloo's threads a moment before the interpreter goes, when the program ends.
 
-    They let go of a collective's tensors after the collective has returned, and need the GIL for it. If the interpreter
-    is being finalised by then, torch (2.13) ends a program that has done all its work with SIGABRT, "terminate called
-    without an active exception". Destroying the group does not wait for them: DTensor's caches keep it alive. Source:
-    github.com/pytorch/pytorch/issues/190489.
+    They let go of a collective's tensors after the collective has returned, and need the GIL for it. If the
+    interpreter is being finalised by then, torch (2.13) ends a program that has done all its work with SIGABRT,
+    "terminate called without an active exception". Destroying the group does not wait for them: DTensor's caches keep
+    it alive. Source: github.com/pytorch/pytorch/issues/190489.
     """
     if _is_initialized():
         atexit.unregister(_settle)

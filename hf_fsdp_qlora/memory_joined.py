@@ -1,15 +1,14 @@
 """What compiled decoder layers keep and need where layers that read one input compute together (siblings.py): 4 bits of
 bitsandbytes with LoRA. Arithmetic; memory_compiled.py has the letters and the layers it holds for.
 
-What the compiler counts is as in memory_compiled.py, and so is its room: the budget times everything. What is kept is
-more: query and key are kept after their rotation, the value as it was made. If one product made all three, the value is
-a view of its output, which so stays whole: cT (Q + 2K) in place of cTK.
+What the compiler counts is as in memory_compiled.py, and so is its room: the budget times everything. Query and key are
+kept after their rotation, the value as it was made (copied, if one product made all three: siblings.py).
 
 | budget | kept |
 | --- | --- |
 | 0 | nothing |
-| 1, or no budget | memory_compiled.py's row, and the rest of that output, cT (Q + K); not with padding, where values are copied, nor with norms of queries and keys, whose inputs are that rest |
-| between | of these outputs those that save most multiplications and fit into the room: query, key and value (one, if one product makes them, else three), attention's output, H, gate and up (likewise). What one product makes of query, key and value holds cT (Q + K) more, their rotated copies; with norms, that output alone is kept |
+| 1, or no budget | memory_compiled.py's row |
+| between | of these outputs those that save most multiplications and fit into the room: query, key and value (one, if one product makes them, else three), attention's output, H, gate and up (likewise); if there is room for all these, what joined products read: H, and r for each of their layers |
 
 Attention's output is a candidate for flash attention and not for cuDNN's, and a few outputs may nearly fit: of what would
 be chosen with and without, and with 2 % more room, the largest is taken.
@@ -26,10 +25,10 @@ With everything kept the product of gate and up is gone by P, which then has 1cT
 place. If one product makes gate and up, P has 2cTI more, both gradients again side by side, and makes nothing in place;
 and there is one weight in the last row. Beside the second and third is what was made again on the way to gate or up: cT 2H (the MLP's input, LoRA's part
 of o), H more if o is not kept, Q more if attention's output is not either, and then, if need be, H and query, key and
-value with what they hold.
+value (with padding as wide as Q each) with the inputs of their norms.
 
 Source: as in memory_compiled.py; tests/test_planner_joined.py compares. Left out: adapters whose scalings differ, or
-whose ranks differ from `lora_r`.
+whose ranks differ from `lora_r`, and their A in c, kept with what joined products read.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -53,14 +52,12 @@ class Output:
 
     Attributes:
         makes: names of the layers whose outputs it is.
-        width: values per token that the compiler counts.
-        held: values per token that are held by it.
+        width: values per token.
         saves: multiplications per token.
     """
 
     makes: tuple[str, ...]
     width: int
-    held: int
     saves: int
 
 
@@ -78,11 +75,10 @@ def joined_layer_bytes(shape: ModelShape, step: StepSettings, budget: float, eve
     """
     if budget == 0:
         return 0
-    scale = step.compute_bytes * step.tokens
     if budget == 1:
-        unneeded = 0 if step.padded or shape.qk_norm_width else _beside_value(shape, step)
-        return everything + scale * unneeded + small
-    return scale * sum(output.held for output in _kept(shape, step, budget * everything)) + small
+        return everything + small
+    kept = _kept(shape, step, budget * everything)
+    return step.compute_bytes * step.tokens * _width(kept) + small
 
 
 def joined_backward_bytes(
@@ -128,7 +124,10 @@ def _kept(shape: ModelShape, step: StepSettings, room: float) -> list[Output]:
     outputs = _outputs(shape, step)
     products = [output for output in outputs if ATTENTION not in output.makes]
     choices = [_knapsack(step, some, more * room) for some in (outputs, products) for more in (1.0, NEARLY)]
-    return max(choices, key=lambda kept: sum(output.held for output in kept))
+    kept = max(choices, key=_width)
+    with_read = [*kept, _read(shape, step)]
+    is_room = len(kept) == len(outputs) and step.compute_bytes * step.tokens * _width(with_read) <= NEARLY * room
+    return with_read if is_room else kept
 
 
 def _knapsack(step: StepSettings, outputs: list[Output], room: float) -> list[Output]:
@@ -137,35 +136,36 @@ def _knapsack(step: StepSettings, outputs: list[Output], room: float) -> list[Ou
     fitting: list[list[Output]] = []
     for chosen in product((False, True), repeat=len(outputs)):
         kept = [output for output, is_kept in zip(outputs, chosen, strict=True) if is_kept]
-        if scale * sum(output.width for output in kept) <= room:
+        if scale * _width(kept) <= room:
             fitting.append(kept)
-    return max(fitting, key=lambda kept: (sum(output.saves for output in kept), sum(output.held for output in kept)))
+    return max(fitting, key=lambda kept: (sum(output.saves for output in kept), _width(kept)))
+
+
+def _width(outputs: list[Output]) -> int:
+    return sum(output.width for output in outputs)
+
+
+def _read(shape: ModelShape, step: StepSettings) -> Output:
+    """What joined products read."""
+    joined = [_joined(shape, step, place) for place in (ATTENTION_IN, MLP_IN)]
+    return Output((), sum(shape.hidden_size + step.lora_r * len(linears) for linears in joined if linears), 0)
 
 
 def _outputs(shape: ModelShape, step: StepSettings) -> list[Output]:
     queries = shape.num_heads * shape.head_dim
-    outputs = [Output((ATTENTION,), queries, queries, 2 * step.seq_len * queries)]
-    outputs.append(Output((OUT,), shape.hidden_size, shape.hidden_size, shape.hidden_size * queries))
+    outputs = [Output((ATTENTION,), queries, 2 * step.seq_len * queries)]
+    outputs.append(Output((OUT,), shape.hidden_size, shape.hidden_size * queries))
     for place in (ATTENTION_IN, MLP_IN):
         joined = _joined(shape, step, place)
         if _is_one_product(joined, step):
             width = sum(linear.out_features for linear in joined)
-            rest = _beside_value(shape, step) if place == ATTENTION_IN and not shape.qk_norm_width else 0
             names, saves = tuple(linear.name for linear in joined), sum(linear.numel for linear in joined)
-            outputs.append(Output(names, width, width + rest, saves))
+            outputs.append(Output(names, width, saves))
         else:
             joined = ()
         others = [linear for linear in shape.linears if linear.leaf in place and linear not in joined]
-        outputs += [Output((one.name,), one.out_features, one.out_features, one.numel) for one in others]
+        outputs += [Output((one.name,), one.out_features, one.numel) for one in others]
     return outputs
-
-
-def _beside_value(shape: ModelShape, step: StepSettings) -> int:
-    """Per token, what the view that is the value holds of others."""
-    joined = _joined(shape, step, ATTENTION_IN)
-    if not _is_one_product(joined, step) or joined[-1].leaf != "v_proj":
-        return 0
-    return sum(linear.out_features for linear in joined[:-1])
 
 
 def _made_again(shape: ModelShape, step: StepSettings, made: set[str]) -> int:
@@ -180,7 +180,12 @@ def _made_again(shape: ModelShape, step: StepSettings, made: set[str]) -> int:
     if names <= made:
         return again + shape.qk_norm_width
     widths = sum(output.width for output in _outputs(shape, step) if names & set(output.makes))
-    return again + hidden + widths + (_beside_value(shape, step) or shape.qk_norm_width)
+    return again + hidden + widths + (_widened(shape) if step.padded else 0) + shape.qk_norm_width
+
+
+def _widened(shape: ModelShape) -> int:
+    """Per token, what keys and values grow by where padding makes attention want them as wide as queries."""
+    return 2 * (shape.num_heads - shape.num_key_value_heads) * shape.head_dim
 
 
 def _joined(shape: ModelShape, step: StepSettings, place: tuple[str, ...]) -> tuple[LinearShape, ...]:

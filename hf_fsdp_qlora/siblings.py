@@ -25,6 +25,10 @@ from hf_fsdp_qlora.sibling_ops import SiblingShape, apply_lora_siblings, share_s
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that read the same input, in the order they are called."""
 
+VALUE, NORM = "v_proj", "q_norm"
+"""The value is what attention's backward reads as it was made; query and key are rotated first. As a view of the
+output of one product it would keep theirs, so it is copied, except where norms of query and key keep them anyway."""
+
 ONE_PRODUCT_BYTES = 64 * 2**20
 """Dequantised weights up to this size are multiplied at once; larger ones keep the GPU busy for longer than a launch
 takes, and are not made while another is there."""
@@ -37,10 +41,12 @@ class LoraSiblings:
         members: `QuantizedLoraLinear`s, in the order they are called.
         name: of the adapter.
         shape: of their products.
+        copied: the member whose output is copied if it is a view, if any.
     """
 
-    def __init__(self, members: Sequence[Any], name: str, shape: SiblingShape) -> None:
+    def __init__(self, members: Sequence[Any], name: str, shape: SiblingShape, copied: Any = None) -> None:
         self.members = tuple(members)
+        self.copied = copied
         self.name = name
         self.shape = shape
         self.key = share_shape(shape)
@@ -58,7 +64,8 @@ class LoraSiblings:
             self._input, self._outputs = x, self._compute(x)
         if self._outputs is None or x is not self._input:
             return None
-        return next(own for member, own in zip(self.members, self._outputs, strict=True) if member is layer)
+        own = next(own for member, own in zip(self.members, self._outputs, strict=True) if member is layer)
+        return own.contiguous() if layer is self.copied else own
 
     def forget(self, *_: Any) -> None:
         """A forward hook of the module that calls the members: nothing stays for the next call."""
@@ -105,7 +112,8 @@ def join_siblings(model: nn.Module, name: str) -> None:
             shape = _shape(children, name)
             if shape is not None:
                 torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-                siblings = LoraSiblings(children, name, shape)
+                copied = None if NORM in parent._modules else parent._modules.get(VALUE)
+                siblings = LoraSiblings(children, name, shape, copied)
                 parent.register_forward_hook(siblings.forget)
                 for child in children:
                     child.siblings = siblings

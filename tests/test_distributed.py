@@ -26,7 +26,8 @@ threading.Thread(target=let_go, daemon=True).start()
 
 @pytest.mark.parametrize("has_group", [True, False])
 def test_the_threads_of_a_process_group_finish_before_the_interpreter(has_group: bool) -> None:
-    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", **(group if has_group else {})}
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, env=env)
     assert result.returncode == 0, result.stderr

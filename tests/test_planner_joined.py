@@ -33,14 +33,24 @@ def shape() -> ModelShape:
 
 
 @pytest.mark.parametrize(
-    ("budget", "batch_size", "measured"), [(0.0, 1, 6.63), (0.3, 4, 18.17), (0.35, 4, 21.79), (0.4, 4, 23.67)]
+    ("budget", "batch_size", "measured", "views", "above"),
+    [
+        (0.0, 1, 6.63, 20, 1.01),
+        (0.3, 4, 18.17, 0, 1.01),
+        (0.35, 4, 21.79, 32 * 80, 1.06),
+        (0.4, 4, 23.67, 32 * 80, 1.01),
+    ],
 )
-def test_joined_8b_takes_what_was_measured(shape: ModelShape, budget: float, batch_size: int, measured: float) -> None:
-    """The peaks of RESULTS.md, adapters in bfloat16: within 1 %, and not below by more than their rounding."""
+def test_joined_8b_takes_what_was_measured(
+    shape: ModelShape, budget: float, batch_size: int, measured: float, views: int, above: float
+) -> None:
+    """The peaks of RESULTS.md, adapters in bfloat16, when the value was a view, less the MiB that views held. Within
+    1 %, and not below by more than their rounding; for 0.35, what attention's output would take more."""
     peak = estimate_memory(
         shape, COMPILED, activation_budget=budget, batch_size=batch_size, adapter_dtype="bfloat16"
     ).peak_bytes  # fmt: skip
-    assert measured - 0.005 <= peak / GIB <= 1.01 * measured
+    expected = measured - views / 1024
+    assert expected - 0.005 <= peak / GIB <= above * expected
 
 
 @torch.library.custom_op("test_planner_joined::wide", mutates_args=())
@@ -54,7 +64,9 @@ def _(lora_b, rows, columns, used_with):  # type: ignore[no-untyped-def]
     return lora_b[0].new_empty(rows, columns)
 
 
-@pytest.mark.parametrize(("key_heads", "budgets", "one_product"), [(4, (0.4, 1.0), 2**30), (1, (0.6, 1.0), 2**21)])
+@pytest.mark.parametrize(
+    ("key_heads", "budgets", "one_product"), [(4, (0.35, 0.8, 1.0), 2**30), (1, (0.6, 0.8, 1.0), 2**21)]
+)
 def test_joined_layers_keep_what_the_planner_says(
     key_heads: int, budgets: tuple[float, ...], one_product: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +97,7 @@ def test_joined_layers_keep_what_the_planner_says(
         kept = kept_by_the_partitioner(model, layer, tokens, monkeypatch, budget)
         planned = compiled_layer_bytes(model_shape(folder), step, budget)
         attention = 2 * tokens * 512
-        assert 0.995 * kept <= planned <= 1.01 * kept + (attention if budget < 1 else 0), budget
+        assert 0.99 * kept <= planned <= 1.01 * kept + (attention if budget < 1 else 0), budget
 
 
 def test_the_backward_of_a_layer_takes_what_its_code_allocates(shape: ModelShape) -> None:
@@ -96,12 +108,14 @@ def test_the_backward_of_a_layer_takes_what_its_code_allocates(shape: ModelShape
         step = step_settings(shape, replace(COMPILED, **settings))
         return compiled_backward_bytes(shape, step, budget) / 2**20
 
-    for budget, found in ((0.0, 550.9), (0.3, 473.1), (0.35, 533.3), (0.4, 517.1), (0.6, 484.5), (1.0, 534.7)):
+    for budget, found in ((0.0, 531.1), (0.3, 473.1), (0.4, 497.1), (0.6, 464.5), (0.8, 513.4), (1.0, 514.7)):
         assert 0.995 * found <= peak(budget) <= 1.01 * found, budget
-    for budget, found in ((0.0, 2197.0), (0.4, 2066.6), (1.0, 1797.0)):
+    for budget, found in ((0.0, 2117.2), (0.4, 1986.6), (0.5, 1760.7), (1.0, 1717.0)):
         assert 0.995 * found <= peak(budget, batch_size=4) <= 1.01 * found, budget
-    for budget, found in ((0.0, 299.3), (0.4, 290.5), (1.0, 295.5)):
-        assert 0.995 * found <= peak(budget, seq_len=512) <= 1.01 * found, budget
+    for budget, found in ((0.0, 296.3), (0.4, 285.5), (1.0, 290.5)):
+        assert 0.99 * found <= peak(budget, seq_len=512) <= 1.01 * found, budget
+    for budget, found in ((0.0, 562.9), (0.8, 513.4), (1.0, 542.7)):
+        assert 0.995 * found <= peak(budget, padded=True) <= 1.025 * found, budget
 
 
 def test_which_layers_join(shape: ModelShape) -> None:
@@ -121,10 +135,10 @@ def test_which_layers_join(shape: ModelShape) -> None:
 
 
 def test_settings_of_partly_joined_layers_are_planned(shape: ModelShape) -> None:
-    """Query and value alone, as PEFT chooses: the value holds the query beside it, and the MLP has no LoRA."""
+    """Query and value alone, as PEFT chooses: the value does not hold the query, and the MLP has no LoRA."""
     both, one = (
         compiled_layer_bytes(shape, step_settings(shape, replace(COMPILED, target_modules=target)), 1.0)
         for target in (("q_proj", "v_proj"), ("q_proj",))
     )
-    held = 2 * 2048 * 4096
-    assert held <= both - one <= held + 2**20
+    adapter_and_its_product = 2 * 16 * (4096 + 1024) + 2 * 16 * 2048
+    assert both - one == adapter_and_its_product
