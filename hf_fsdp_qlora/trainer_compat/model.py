@@ -25,6 +25,7 @@ from hf_fsdp_qlora.fsdp1 import is_wrapped
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.precision import Precision, resolve_precision
 from hf_fsdp_qlora.sharding import allow_forward_method, end_forward, is_sharded
+from hf_fsdp_qlora.trainer_compat.walks import set_quick_walks
 
 _ATTRIBUTE = "hf_fsdp_qlora_attachment"
 
@@ -58,6 +59,7 @@ def prepare_model(model: PreTrainedModel | PeftModel, attached: Attachment) -> N
     setattr(model, _ATTRIBUTE, attached)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     model.register_state_dict_post_hook(_leave_out_frozen)
+    set_quick_walks(model)
     if attached.precision.autocast_dtype is not None:
         _open_autocast({model, base}, attached.precision.autocast_dtype)
     base.resize_token_embeddings = functools.partial(_resize_token_embeddings, base)
