@@ -32,7 +32,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.fx_passes import post_grad
 from torch._inductor.graph import GraphLowering
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from hf_fsdp_qlora.formats import WideShape
 from hf_fsdp_qlora.lora import ADAPTER_NAME, add_adapter
@@ -51,7 +51,11 @@ SHAPES: dict[str, dict[str, int]] = {
     "7b": dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32),
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8),
     "70b": dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8),
+    "qwen2_7b": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4),
+    "qwen3_8b": dict(hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8),
 }
+CONFIGS: dict[str, Any] = {"qwen2_7b": Qwen2Config, "qwen3_8b": Qwen3Config}
+"""Of shapes that are not Llama's: biases of query, key and value; norms of query and key."""
 MIB = 2**20
 TOLERANCE = 0.01
 LAYERS = 16
@@ -65,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"|{' --- |' * 10}")
     missed = False
     for name in args.shapes:
-        config: Any = LlamaConfig(
+        config: Any = CONFIGS.get(name, LlamaConfig)(
             **SHAPES[name], num_hidden_layers=1, vocab_size=256, max_position_embeddings=args.seq_len
         )
         settings = MemorySettings(
@@ -99,7 +103,7 @@ def compiled_bytes(config: Any, settings: MemorySettings, budget: float) -> tupl
     kept = run_wrapper(forward, inputs, living)[1:]  # the layer's output is not its own to keep
     flow = 2 * settings.batch_size * settings.seq_len * config.hidden_size
     # Cosines and sines, and a mask of booleans, are there once for all layers.
-    shared = 2 * 2 * settings.seq_len * config.head_dim
+    shared = 2 * 2 * settings.seq_len * model_shape(config).head_dim
     shared += settings.batch_size * settings.seq_len**2 if settings.padded else 0
     kept_bytes = living.now - flow - shared
     living.peak = 0

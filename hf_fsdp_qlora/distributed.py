@@ -88,7 +88,8 @@ def settle_at_exit() -> None:
     They let go of a collective's tensors after the collective has returned, and need the GIL for it. If the
     interpreter is being finalised by then, torch (2.13) ends a program that has done all its work with SIGABRT,
     "terminate called without an active exception". Destroying the group does not wait for them: DTensor's caches keep
-    it alive. Source: github.com/pytorch/pytorch/issues/190489.
+    it alive. Left out: collectives in functions that were registered with atexit before this one, which run after it.
+    Source: github.com/pytorch/pytorch/issues/190489.
     """
     if _is_initialized():
         atexit.unregister(_settle)

@@ -1,17 +1,17 @@
-"""What compiled decoder layers keep and need where layers that read one input compute together (siblings.py): 4 bits of
-bitsandbytes with LoRA. Arithmetic; memory_compiled.py has the letters and the layers it holds for.
+"""What compiled decoder layers keep and need where layers that read one input compute together (siblings.py): 4 bits
+of bitsandbytes with LoRA. Arithmetic; memory_compiled.py has the letters and the layers it holds for.
 
-What the compiler counts is as in memory_compiled.py, and so is its room: the budget times everything. Query and key are
-kept after their rotation, the value as it was made (copied, if one product made all three: siblings.py).
+What the compiler counts is as in memory_compiled.py, and so is its room: the budget times everything. Query and key
+are kept after their rotation, the value as it was made (copied, if one product made all three: siblings.py).
 
 | budget | kept |
 | --- | --- |
 | 0 | nothing |
 | 1, or no budget | memory_compiled.py's row |
-| between | of these outputs those that save most multiplications and fit into the room: query, key and value (one, if one product makes them, else three), attention's output, H, gate and up (likewise); if there is room for all these, what joined products read: H, and r for each of their layers |
+| between | of these outputs those that save most multiplications and fit into the room: query, key and value (one, if one product makes them, else three), attention's output, H, gate and up (likewise); if there is room for all these, what joined products read (H, and r for each of their layers) and the norms of queries and keys |
 
-Attention's output is a candidate for flash attention and not for cuDNN's, and a few outputs may nearly fit: of what would
-be chosen with and without, and with 2 % more room, the largest is taken.
+Attention's output is a candidate for flash attention and not for cuDNN's, and a few outputs may nearly fit: of what
+would be chosen with and without, and with 2 % more room, the largest is taken.
 
 The layer's backward peaks at one of three moments; its input, the gradient that comes in and all that it kept are there:
 
@@ -21,11 +21,11 @@ The layer's backward peaks at one of three moments; its input, the gradient that
 | what is fused into P | the same 2cTI, gate and up where they are made again, and the larger of 3cTI (results) and the weight that makes them |
 | products with gate and up | 2cTI (their gradients), cTH, and both weights; what was kept of gate and up is gone |
 
-With everything kept the product of gate and up is gone by P, which then has 1cTI: it makes only gradients, one of them in
-place. If one product makes gate and up, P has 2cTI more, both gradients again side by side, and makes nothing in place;
-and there is one weight in the last row. Beside the second and third is what was made again on the way to gate or up: cT 2H (the MLP's input, LoRA's part
-of o), H more if o is not kept, Q more if attention's output is not either, and then, if need be, H and query, key and
-value (with padding as wide as Q each) with the inputs of their norms.
+With everything kept the product of gate and up is gone by P, which then has 1cTI: it makes only gradients, one of them
+in place. If one product makes gate and up, P has 2cTI more, both gradients again side by side, and makes nothing in
+place; and there is one weight in the last row. Beside the second and third is what was made again on the way to gate or
+up: cT 2H (the MLP's input, LoRA's part of o), H more if o is not kept, Q more if attention's output is not either, and
+then, if need be, H and query, key and value (with padding as wide as Q each) with the inputs of their norms.
 
 Source: as in memory_compiled.py; tests/test_planner_joined.py compares. Left out: adapters whose scalings differ, or
 whose ranks differ from `lora_r`, and their A in c, kept with what joined products read.
@@ -146,9 +146,10 @@ def _width(outputs: list[Output]) -> int:
 
 
 def _read(shape: ModelShape, step: StepSettings) -> Output:
-    """What joined products read."""
+    """What joined products read, and norms of queries and keys."""
     joined = [_joined(shape, step, place) for place in (ATTENTION_IN, MLP_IN)]
-    return Output((), sum(shape.hidden_size + step.lora_r * len(linears) for linears in joined if linears), 0)
+    inputs = sum(shape.hidden_size + step.lora_r * len(linears) for linears in joined if linears)
+    return Output((), inputs + shape.qk_norm_width, 0)
 
 
 def _outputs(shape: ModelShape, step: StepSettings) -> list[Output]:

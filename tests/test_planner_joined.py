@@ -65,13 +65,15 @@ def _(lora_b, rows, columns, used_with):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize(
-    ("key_heads", "budgets", "one_product"), [(4, (0.35, 0.8, 1.0), 2**30), (1, (0.6, 0.8, 1.0), 2**21)]
+    ("architecture", "key_heads", "budgets", "one_product"),
+    [("llama", 4, (0.35, 0.8, 1.0), 2**30), ("llama", 1, (0.6, 0.8, 1.0), 2**21), ("qwen3", 2, (0.9, 1.0), 2**21)],
 )
 def test_joined_layers_keep_what_the_planner_says(
-    key_heads: int, budgets: tuple[float, ...], one_product: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    architecture: str, key_heads: int, budgets: tuple[float, ...], one_product: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Within 1 % where all that is expensive is kept, else a bound: attention's output is among it on some GPUs. With
-    one product for gate and up, and with two."""
+    one product for gate and up, and with two; with norms of query and key."""
     monkeypatch.setattr(siblings, "ONE_PRODUCT_BYTES", one_product)
     monkeypatch.setattr(memory_joined, "ONE_PRODUCT_BYTES", one_product)
     monkeypatch.setattr(FourBitBackend, "joins", lambda self, wide: True)
@@ -81,8 +83,8 @@ def test_joined_layers_keep_what_the_planner_says(
     )  # fmt: skip
     tokens = 256
     folder = save_tiny_model(
-        tmp_path, hidden_size=512, intermediate_size=1792, num_attention_heads=4, num_key_value_heads=key_heads,
-        max_position_embeddings=tokens,
+        tmp_path, architecture, hidden_size=512, intermediate_size=1792, num_attention_heads=4, head_dim=128,
+        num_key_value_heads=key_heads, max_position_embeddings=tokens,
     )  # fmt: skip
     model: Any = load_model(
         folder, peft_config=LoraConfig(r=8, target_modules="all-linear"), fsdp="none", dtype=torch.bfloat16,

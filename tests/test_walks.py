@@ -68,6 +68,12 @@ def test_train_and_eval_reach_what_they_reach_in_torch() -> None:
             getattr(one, step)()
         modes = [[module.training for module in one.modules()] for one in (ours, stock)]
         assert modes[0] == modes[1] and ours.layers[0][1].asked == (step == "train")
+    told: list[bool] = []
+    ours.layers[1][0].train = told.append  # on the instance, as a list of layers inside another has it
+    ours.train()
+    assert told == [True] and not ours.layers[1][0].training and ours.layers[1].training
+    del ours.layers[1][0].train
+    ours.eval()
     with pytest.raises(ValueError, match="boolean"):
         ours.layers.train("yes")
     copied = copy.deepcopy(ours)

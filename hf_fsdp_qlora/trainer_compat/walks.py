@@ -2,8 +2,9 @@
 
 `train()`, `zero_grad()` and the clipping of gradients go through every module of a model. torch does so recursively,
 with a generator per level and a name for each parameter: 9.5 ms of Python per step for 32 layers with LoRA, which are
-2,665 modules, where these loops take 3.3 (benchmarks/step_walks.py), most of it while the GPU waits. Can go when torch
-walks faster or the Trainer less often.
+2,665 modules, where these loops take 3.3 (benchmarks/step_walks.py), most of it while the GPU waits. Left out: what
+accelerate wraps around a model (DDP, FSDP1), whose own `parameters` are torch's. Can go when torch walks faster or the
+Trainer less often.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 def set_quick_walks(model: nn.Module) -> None:
     """Replace `parameters`, which `zero_grad` and clipping use, of this model, and `train` of its lists of layers.
 
-    What is around these lists has a `train` of transformers' own. `eval` is `train(False)`.
+    What is around these lists may have a `train` of its own, as transformers' models have. `eval` is `train(False)`.
     """
     instance: Any = model
     instance.parameters = functools.partial(_parameters, model)
