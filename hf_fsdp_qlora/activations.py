@@ -202,7 +202,7 @@ def _kept_by_others(shape: ModelShape, step: StepSettings) -> int:
 def layer_bytes(shape: ModelShape, step: StepSettings) -> int:
     """What one decoder layer keeps for its backward, its own input aside."""
     c, hidden, inner = step.compute_bytes, shape.hidden_size, shape.intermediate_size
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    queries, keys = shape.query_width, shape.key_width
     per_token = (4 + (c if step.trains_base else 0)) * (hidden * shape.wide_norms + shape.qk_norm_width)
     widths = {ATTENTION_IN: hidden, ATTENTION_OUT: queries, MLP_IN: hidden, MLP_OUT: inner}
     for place, width in widths.items():

@@ -15,6 +15,10 @@ NESTED_BLOCKS = 256  # absmax values under one second-level absmax, fixed by bit
 FLOAT32_BYTES = 4
 BLOCKS_PER_ROW = 64  # of the formats whose blocks need no company: short rows split evenly over many ranks
 
+ONE_PRODUCT_BYTES = 64 * 2**20
+"""Dequantised weights of layers that read one input are multiplied at once up to this size; larger ones keep the GPU
+busy for longer than a launch takes, and are not made while another is there."""
+
 
 @dataclass(frozen=True)
 class RowFormat:

@@ -117,7 +117,7 @@ def compiled_layer_bytes(shape: ModelShape, step: StepSettings, budget: float) -
         return everything + small
     scale = step.compute_bytes * step.tokens
     room, products = budget * everything, scale * sum(_products(shape))
-    attention = scale * (_queries(shape) + shape.qk_norm_width)
+    attention = scale * (shape.query_width + shape.qk_norm_width)
     if room >= products + attention:
         return products + attention + small
     sums = (scale * sum(kept) for kept in product(*((0, width) for width in _products(shape))))
@@ -126,7 +126,12 @@ def compiled_layer_bytes(shape: ModelShape, step: StepSettings, budget: float) -
 
 def compiled_backward_bytes(shape: ModelShape, step: StepSettings, budget: float) -> int:
     """The peak of one layer's backward with its input, its gradient and all that it kept. The second table above."""
-    scale, hidden, queries, keys = step.compute_bytes * step.tokens, shape.hidden_size, _queries(shape), _keys(shape)
+    scale, hidden, queries, keys = (
+        step.compute_bytes * step.tokens,
+        shape.hidden_size,
+        shape.query_width,
+        shape.key_width,
+    )
     wide, dense = scale * shape.intermediate_size, _dense_bytes(shape, step)
     names = [linear.leaf for linear in shape.linears if linear.name in step.lora]
     ins, out = sum(name in MLP_IN for name in names), int(any(name in MLP_OUT for name in names))
@@ -159,7 +164,9 @@ def _all_widths(shape: ModelShape, step: StepSettings) -> int:
     """Elements per token of everything that is expensive to compute or read again by backward."""
     names = {linear.leaf for linear in shape.linears if linear.name in step.lora}
     read = [bool(names & set(place)) for place in (ATTENTION_IN, MLP_IN, MLP_OUT)]
-    attention = 2 * _queries(shape) + 2 * (_queries(shape) if step.padded else _keys(shape)) + shape.qk_norm_width
+    attention = (
+        2 * shape.query_width + 2 * (shape.query_width if step.padded else shape.key_width) + shape.qk_norm_width
+    )
     mask = step.seq_len if step.padded else 0
     hidden, inner = shape.hidden_size, shape.intermediate_size
     return (1 + read[0] + read[1]) * hidden + attention + mask + (2 + read[2]) * inner
@@ -167,16 +174,8 @@ def _all_widths(shape: ModelShape, step: StepSettings) -> int:
 
 def _products(shape: ModelShape) -> tuple[int, ...]:
     """Widths of the outputs of the products that backward may want again; of the last product it never does."""
-    queries, keys, inner = _queries(shape), _keys(shape), shape.intermediate_size
+    queries, keys, inner = shape.query_width, shape.key_width, shape.intermediate_size
     return queries, keys, keys, shape.hidden_size, inner, inner
-
-
-def _queries(shape: ModelShape) -> int:
-    return shape.num_heads * shape.head_dim
-
-
-def _keys(shape: ModelShape) -> int:
-    return shape.num_key_value_heads * shape.head_dim
 
 
 def _dense_bytes(shape: ModelShape, step: StepSettings) -> int:

@@ -37,10 +37,9 @@ from dataclasses import dataclass
 from itertools import product
 
 from hf_fsdp_qlora.activations import StepSettings, dequantized_bytes
+from hf_fsdp_qlora.formats import ONE_PRODUCT_BYTES
 from hf_fsdp_qlora.model_shape import ATTENTION_IN, MLP_IN, MLP_OUT, LinearShape, ModelShape
 
-ONE_PRODUCT_BYTES = 64 * 2**20
-"""As in siblings.py, which needs torch."""
 ATTENTION, OUT = "attention", "o"
 NEARLY = 1.02
 """How much more room than the planner knows of the compiler may have: adapters count a little, too."""
@@ -153,7 +152,7 @@ def _read(shape: ModelShape, step: StepSettings) -> Output:
 
 
 def _outputs(shape: ModelShape, step: StepSettings) -> list[Output]:
-    queries = shape.num_heads * shape.head_dim
+    queries = shape.query_width
     outputs = [Output((ATTENTION,), queries, 2 * step.seq_len * queries)]
     outputs.append(Output((OUT,), shape.hidden_size, shape.hidden_size * queries))
     for place in (ATTENTION_IN, MLP_IN):
@@ -171,7 +170,7 @@ def _outputs(shape: ModelShape, step: StepSettings) -> list[Output]:
 
 def _made_again(shape: ModelShape, step: StepSettings, made: set[str]) -> int:
     """Per token, what is made on the way to gate or up and stays for the rest of the backward."""
-    hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim
+    hidden, queries = shape.hidden_size, shape.query_width
     if OUT in made:
         return 2 * hidden
     if ATTENTION in made:
@@ -186,7 +185,7 @@ def _made_again(shape: ModelShape, step: StepSettings, made: set[str]) -> int:
 
 def _widened(shape: ModelShape) -> int:
     """Per token, what keys and values grow by where padding makes attention want them as wide as queries."""
-    return 2 * (shape.num_heads - shape.num_key_value_heads) * shape.head_dim
+    return 2 * (shape.query_width - shape.key_width)
 
 
 def _joined(shape: ModelShape, step: StepSettings, place: tuple[str, ...]) -> tuple[LinearShape, ...]:

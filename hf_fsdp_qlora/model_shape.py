@@ -96,6 +96,16 @@ class ModelShape:
         """Parameters outside the decoder layers."""
         return self.embedding_numel + self.head_numel + self.outside_other_numel
 
+    @property
+    def query_width(self) -> int:
+        """Values of all query heads per token."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Values of all key heads per token, and of all value heads."""
+        return self.num_key_value_heads * self.head_dim
+
     def targeted(self, target_modules: str | Sequence[str]) -> dict[str, int]:
         """In how many decoder layers each targeted linear layer has a LoRA layer, by `LinearShape.name`.
 

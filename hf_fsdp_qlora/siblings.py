@@ -18,7 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from hf_fsdp_qlora.formats import WideShape
+from hf_fsdp_qlora.formats import ONE_PRODUCT_BYTES, WideShape
 from hf_fsdp_qlora.linear import QuantizedLinear
 from hf_fsdp_qlora.sibling_ops import SiblingShape, apply_lora_siblings, share_shape
 
@@ -28,10 +28,6 @@ NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 VALUE, NORM = "v_proj", "q_norm"
 """The value is what attention's backward reads as it was made; query and key are rotated first. As a view of the
 output of one product it would keep theirs, so it is copied, except where norms of query and key keep them anyway."""
-
-ONE_PRODUCT_BYTES = 64 * 2**20
-"""Dequantised weights up to this size are multiplied at once; larger ones keep the GPU busy for longer than a launch
-takes, and are not made while another is there."""
 
 
 class LoraSiblings:
