@@ -22,7 +22,7 @@ from hf_fsdp_qlora.sharding import RowRanks, local_tensor, row_ranks
 
 
 def quantize_and_hand_out(tensors: Sequence[tuple[QuantizedLinear, Tensor]]) -> None:
-    """Quantise up to one tensor per rank, and store every rank's rows and fingerprints.
+    """Quantise up to one tensor per rank, and store every rank's rows, and the fingerprints of its part of them.
 
     Collective; every rank passes the same layers.
 
@@ -46,8 +46,8 @@ def quantize_and_hand_out(tensors: Sequence[tuple[QuantizedLinear, Tensor]]) -> 
 def _hand_out(
     layer: QuantizedLinear, made: tuple[Tensor, Tensor] | None, owner: int, ranks: RowRanks, device: torch.device
 ) -> None:
-    prints = None if made is None else fingerprint(*made).to(device)
-    layer.row_fingerprints = _broadcast(prints, (layer.num_rows,), torch.int64, owner, ranks, device)
+    prints = None if made is None else fingerprint(*made).to(device)[:, None].view(torch.uint8)
+    layer.row_fingerprints = _scatter(prints, (layer.num_rows, 8), owner, ranks, device).view(torch.int64)[:, 0]
     for index, parameter in enumerate((layer.weight, layer.weight_stats)):
         rows = None if made is None else made[index]
         local = as_bytes(local_tensor(parameter))
@@ -55,23 +55,18 @@ def _hand_out(
         if isinstance(parameter, DTensor):
             local.copy_(_scatter(rows, shape, owner, ranks, device)[: len(local)])
         else:
-            local.copy_(_broadcast(rows, shape, torch.uint8, owner, ranks, device))
+            local.copy_(_broadcast(rows, shape, owner, ranks, device))
 
 
 def _broadcast(
-    tensor: Tensor | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    owner: int,
-    ranks: RowRanks,
-    device: torch.device,
+    rows: Tensor | None, shape: tuple[int, int], owner: int, ranks: RowRanks, device: torch.device
 ) -> Tensor:
-    """The owner's tensor on each of `ranks`; None elsewhere."""
-    if tensor is None:
-        tensor = torch.empty(shape, dtype=dtype, device=device)
+    """The owner's (num_rows, k) on each of `ranks`; None elsewhere."""
+    if rows is None:
+        rows = torch.empty(shape, dtype=torch.uint8, device=device)
     if ranks.size > 1:
-        dist.broadcast(tensor, group_src=owner, group=ranks.group)
-    return tensor
+        dist.broadcast(rows, group_src=owner, group=ranks.group)
+    return rows
 
 
 def _scatter(rows: Tensor | None, shape: tuple[int, int], owner: int, ranks: RowRanks, device: torch.device) -> Tensor:

@@ -29,7 +29,7 @@ from hf_fsdp_qlora.integrity import fingerprint
 from hf_fsdp_qlora.linear import QuantizedLinear, as_bytes
 from hf_fsdp_qlora.owners import quantize_and_hand_out
 from hf_fsdp_qlora.quantization.stored import PackedWeight
-from hf_fsdp_qlora.sharding import local_range, local_tensor, row_ranks
+from hf_fsdp_qlora.sharding import RowRanks, local_range, local_tensor, row_ranks
 
 PLAIN_PIECE_BYTES = 64 * 2**20
 """An unquantised tensor is read and copied in pieces of this size, so that the device never holds it twice."""
@@ -112,17 +112,23 @@ def fill(weights: Sequence[PlannedWeight], *, device: torch.device) -> int:
             _raise_on_every_rank(errors)
             quantize_and_hand_out(round_of_owners)
     _raise_on_every_rank(errors)
-    _fingerprints_to_host([weight.module for weight in weights if weight.is_quantized])  # type: ignore[misc]
+    _gather_fingerprints([weight.module for weight in weights if weight.is_quantized])  # type: ignore[misc]
     return total
 
 
-def _fingerprints_to_host(layers: list[QuantizedLinear]) -> None:
-    """In one copy: a copy per layer would wait for that layer's work while nothing new is queued."""
-    made = [layer for layer in layers if layer.row_fingerprints is not None]
-    if made:
-        prints = [cast(Tensor, layer.row_fingerprints) for layer in made]
-        for layer, on_host in zip(made, torch.cat(prints).cpu().split([*map(len, prints)]), strict=True):
-            layer.row_fingerprints = on_host
+def _gather_fingerprints(layers: list[QuantizedLinear]) -> None:
+    """Of each rank's part of the rows make those of all rows, on the host.
+
+    In one collective and one copy: those of a layer would wait for its work while nothing new is queued.
+    """
+    if not layers:
+        return
+    ranks = row_ranks(layers[0].weight)
+    chunks = [_chunk(layer, ranks) for layer in layers]
+    parts = [cast(Tensor, layer.row_fingerprints) for layer in layers]
+    mine = torch.cat([pad(part, (0, chunk - len(part))) for part, chunk in zip(parts, chunks, strict=True)])
+    for layer, prints in zip(layers, _gather(mine, ranks).cpu().split(chunks, dim=1), strict=True):
+        layer.row_fingerprints = prints.flatten()[: layer.num_rows]
 
 
 def _raise_on_every_rank(errors: list[Exception]) -> None:
@@ -189,8 +195,7 @@ def _store_rows(layer: QuantizedLinear, values: list[Tensor], stored: StoredTens
     def gather_rows(part: Tensor) -> Tensor:
         return _gather_rows(part, layer)
 
-    codes, stats, prints = _make_rows(layer, values, stored, errors)
-    layer.row_fingerprints = gather_rows(prints[:, None])[:, 0]  # `fill` takes it to the host
+    codes, stats, layer.row_fingerprints = _make_rows(layer, values, stored, errors)
     if not isinstance(layer.weight, DTensor):
         codes, stats = gather_rows(codes), gather_rows(stats)
     if not errors:
@@ -236,18 +241,27 @@ def _make_rows(
 
 
 def _gather_rows(part: Tensor, layer: QuantizedLinear) -> Tensor:
-    """(local_rows, k) of the ranks that share the layer's rows -> (num_rows, k) on each of them.
-
-    Every rank but the last owns ceil(num_rows / ranks) rows.
-    """
+    """(local_rows, k) of the ranks that share the layer's rows -> (num_rows, k) on each of them."""
     ranks = row_ranks(layer.weight)
     if ranks.size == 1:
         return part
-    chunk = -(-layer.num_rows // ranks.size)
-    padded = pad(part, (0, 0, 0, chunk - len(part))).contiguous()
-    whole = padded.new_empty(ranks.size, chunk, part.shape[1])
-    dist.all_gather(list(whole.unbind()), padded, group=ranks.group)
-    return whole.flatten(0, 1)[: layer.num_rows]
+    padded = pad(part, (0, 0, 0, _chunk(layer, ranks) - len(part))).contiguous()
+    return _gather(padded, ranks).flatten(0, 1)[: layer.num_rows]
+
+
+def _chunk(layer: QuantizedLinear, ranks: RowRanks) -> int:
+    """How many rows every rank but the last owns."""
+    return -(-layer.num_rows // ranks.size)
+
+
+def _gather(part: Tensor, ranks: RowRanks) -> Tensor:
+    """(...) of each rank -> (ranks, ...) on each of them."""
+    whole = part.new_empty(ranks.size, *part.shape)
+    if ranks.size > 1:
+        dist.all_gather_into_tensor(whole.view(-1), part.view(-1), group=ranks.group)
+    else:
+        whole[0] = part
+    return whole
 
 
 def _read_on(slices: list[TensorSlice], device: torch.device, errors: list[Exception]) -> Iterator[Tensor]:
