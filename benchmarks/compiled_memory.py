@@ -4,7 +4,8 @@
     PYTHONPATH=. python benchmarks/compiled_memory.py --shapes 8b --budgets 0.4 --batch 4
 
 A decoder layer is traced and compiled, with inductor's rules for GPUs where they decide about tensors (a sum after a
-product is not fused into it if a pointwise kernel can add it), and NF4 layers that read one input joined as on CUDA
+product is not fused into it if a pointwise kernel can add it; what is concatenated and computed by pointwise kernels
+is computed in its place; silu may be computed twice), and NF4 layers that read one input joined as on CUDA
 (`--apart`: one by one). The code that inductor writes says when each buffer is allocated and freed: forward, then
 backward are executed with tensors on the meta device and kernels that do nothing, and living bytes are added up. So
 the peak is the wrapper's; what a kernel allocates by itself is not in it, except the dequantised weight and, in the
@@ -19,6 +20,8 @@ lower. On the CPU attention's output is not among what the compiler keeps below 
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import re
 import weakref
 from dataclasses import replace
@@ -29,6 +32,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch._inductor import ir, lowering
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.fx_passes import post_grad
 from torch._inductor.graph import GraphLowering
@@ -167,7 +171,7 @@ def sources(model: Any, layer: torch.nn.Module, settings: MemorySettings, budget
     torch._dynamo.reset()
     GraphLowering.save_output_code = staticmethod(written.append)  # type: ignore[method-assign]
     AsyncCompile.cpp_pybinding = lambda *_, **__: None  # type: ignore[method-assign,assignment]
-    post_grad.is_gpu = lambda _: True
+    follow_rules_for_gpus()
     layer.compile(backend=compile_only)
     mask = torch.ones(settings.batch_size, settings.seq_len, dtype=torch.long)
     if settings.padded:
@@ -179,6 +183,18 @@ def sources(model: Any, layer: torch.nn.Module, settings: MemorySettings, budget
         if not isinstance(error.inner_exception, _Compiled):
             raise
     return written
+
+
+@functools.cache
+def follow_rules_for_gpus() -> None:
+    """Have inductor decide about tensors as it does for CUDA, though it writes code for the CPU."""
+    post_grad.is_gpu = lambda _: True
+    ir.is_cpu = lambda _: False
+    source, found = re.subn(r'inputs\[0\]\.get_device\(\)\.type == "cpu"', "False", inspect.getsource(lowering.cat))
+    if found != 1:
+        raise SystemExit(f"torch {torch.__version__} asks otherwise how to lower `cat`: see torch._inductor.lowering")
+    exec(source, vars(lowering))  # noqa: S102 (inductor's code)
+    lowering.lowerings.update(dict.fromkeys((torch.ops.aten.cat, torch.ops.aten.cat.default), lowering.cat))
 
 
 class Living:

@@ -14,7 +14,7 @@ from hf_fsdp_qlora.model_shape import ModelShape
 
 MAX_BATCH_SIZE = 1024
 SEQUENCE_STEP = 256
-ACTIVATION_BUDGETS = (1.0, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+ACTIVATION_BUDGETS = (1.0, 0.7, 0.6, 0.5, 0.45, 0.4, 0.3, 0.2, 0.1, 0.0)
 """Those that are proposed, what recomputes least first. From 0.7 on a layer like Llama's computes no product again."""
 Change = tuple[str, Callable[[MemorySettings], MemorySettings | None]]
 

@@ -2,9 +2,8 @@
 
 `train()`, `zero_grad()` and the clipping of gradients go through every module of a model. torch does so recursively,
 with a generator per level and a name for each parameter: 9.5 ms of Python per step for 32 layers with LoRA, which are
-2,665 modules, where these loops take 3.3 (benchmarks/step_walks.py), most of it while the GPU waits. Left out: what
-accelerate wraps around a model (DDP, FSDP1), whose own `parameters` are torch's. Can go when torch walks faster or the
-Trainer less often.
+2,665 modules, where these loops take 3.3 (benchmarks/step_walks.py). Left out: what accelerate wraps around a model
+(DDP, FSDP1), whose own `parameters` are torch's. Can go when torch walks faster or the Trainer less often.
 """
 
 from __future__ import annotations
