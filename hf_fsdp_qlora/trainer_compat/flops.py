@@ -1,7 +1,8 @@
 """The Trainer's estimate of floating-point operations, with the parameters counted once, when the model was loaded.
 
 transformers counts them anew at every step, by name, over all modules. That is 13 to 29 ms of Python for 32 layers
-(`--profile` of benchmarks/training_speed.py). Rows of bytes would moreover count as the words they are stored in, and not as the weights they stand for.
+(`--profile` of benchmarks/training_speed.py). Rows of bytes would moreover count as the words they are stored in, and
+not as the weights they stand for.
 """
 
 from __future__ import annotations
