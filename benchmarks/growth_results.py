@@ -1,8 +1,10 @@
-"""Rows of growth.py: where they are kept, and how they are shown."""
+"""Rows of growth.py: where they are kept, and how they are shown. A row that another script measured may lack
+the host's memory (None)."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,10 @@ def read(results: Path) -> list[dict[str, Any]]:
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     tokens = row["ranks"] * row["batch_size"] * row["seq_len"] / row["step_s"]
+    host = "" if row["host_gib"] is None else f"{row['host_gib']:.2f}"
     return (
         f"| {row['shape']} | {row['parameters'] / 1e9:.2f}e9 | {row['ranks']} | {row['gpus']} | {row['load_s']:.1f} | "
-        f"{row['host_gib']:.2f} | {row['gpu_loading_gib']:.2f} | {row['gpu_training_gib']:.2f} | "
+        f"{host} | {row['gpu_loading_gib']:.2f} | {row['gpu_training_gib']:.2f} | "
         f"{row['step_s']:.3f} | {tokens:,.0f} | {', '.join(f'{loss:.3f}' for loss in row['losses'])} |"
     )
 
@@ -46,7 +49,8 @@ def plot(rows: Iterable[dict[str, Any]], path: str) -> None:
     for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
         for name, points in lines.items():
             sizes = [row["parameters"] / 1e9 for row in points]
-            axis.plot(sizes, [row[key] for row in points], marker="o", markersize=3, linewidth=1, label=name)
+            values = [math.nan if row[key] is None else row[key] for row in points]
+            axis.plot(sizes, values, marker="o", markersize=3, linewidth=1, label=name)
         axis.set(title=title, xlabel="parameters, 1e9", xlim=(0, None), ylim=(0, None))
     axes.flat[0].legend()
     figure.savefig(path)

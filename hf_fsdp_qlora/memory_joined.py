@@ -23,9 +23,10 @@ The layer's backward peaks at one of three moments; its input, the gradient that
 
 With everything kept the product of gate and up is gone by P, which then has 1cTI: it makes only gradients, one of them
 in place. If one product makes gate and up, P has 2cTI more, both gradients again side by side, and makes nothing in
-place (torch 2.11 makes them so at once, and needs less); and there is one weight in the last row. Beside the second and third is what was made again on the way to gate or
-up: cT 2H (the MLP's input, LoRA's part of o), H more if o is not kept, Q more if attention's output is not either, and
-then, if need be, H and query, key and value (with padding as wide as Q each) with the inputs of their norms.
+place (torch 2.11 makes them so at once, and needs less); and there is one weight in the last row. Beside the second
+and third is what was made again on the way to gate or up: cT 2H (the MLP's input, LoRA's part of o), H more if o is
+not kept, Q more if attention's output is not either, and then, if need be, H and query, key and value (with padding as
+wide as Q each) with the inputs of their norms.
 
 Source: as in memory_compiled.py; tests/test_planner_joined.py compares. Left out: adapters whose scalings differ, or
 whose ranks differ from `lora_r`, and their A in c, kept with what joined products read.

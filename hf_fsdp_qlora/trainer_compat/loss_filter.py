@@ -2,8 +2,8 @@
 otherwise), without waiting for the GPU.
 
 transformers looks at every loss on the host, right after it has queued the backward pass. So it waits for the GPU, and
-then the GPU waits while clipping, the optimizer and `zero_grad` are launched: 20 to 35 ms a step for 32 layers with
-LoRA (benchmarks/NOTES_speed.md). Here a kernel leaves such losses out of the sum that is logged, and nobody waits.
+then the GPU waits while clipping, the optimizer and `zero_grad` are launched: some 15 to 20 ms a step for 32 layers
+with LoRA (benchmarks/NOTES_speed.md). Here a kernel leaves such losses out of the sum that is logged; nobody waits.
 """
 
 from __future__ import annotations
