@@ -6,7 +6,7 @@ Writes a random model in bitsandbytes NF4 with double quantisation, which both s
 the same LoRA weights (r=16, all linear layers), and trains each variant for a few steps, in bf16. The losses of all
 variants must agree step by step within what bf16 allows (`--tolerance`, relative), and must have fallen by more than
 that; a row says so where they do not, and the run fails at its end. The first steps warm up (and compile); the time
-per step is of all others together, with the fetching of batches between them, and with logs as often as TRL's default.
+per step is of all others together, with the fetching of batches between them, and logs as TRL's default (every tenth).
 
 Variants, all with gradient checkpointing unless they say otherwise:
 
@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--variants", nargs="+", type=variant_name, default=list(USUAL))
     parser.add_argument("--checkpoint-layers", type=int, default=0, help="of the variant `some`")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps; one of eight writes a log")
     parser.add_argument("--tolerance", type=float, default=5e-3)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--folder", help="where the model is written for the time of the run")

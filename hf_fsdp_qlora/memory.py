@@ -30,7 +30,7 @@ from hf_fsdp_qlora.model_shape import ModelShape, model_shape
 CONTEXT_BYTES = int(0.55 * GIB)  # CUDA context with the kernels that a run loads
 NCCL_BYTES = int(0.35 * GIB)  # NCCL's own buffers, with more than one GPU
 FRAGMENTATION = 0.03  # of the peak
-COMPILED_FRAGMENTATION = 0.04  # of it with compiled layers: 22.64 GiB were reserved for 21.84 (RESULTS.md)
+COMPILED_FRAGMENTATION = 0.04  # of it with compiled layers: 22.64 GiB were reserved for 21.84 (NOTES_speed.md)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,72 @@ def test_logs_what_stock_logs_without_looking(tmp_path: Path, monkeypatch: pytes
     assert looks_of_stock - looks == 8 + 8 - 1
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_nothing_of_it_stays_after_an_exception(ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the step and the sum of losses, where the argument is off; then training again, its first loss NaN."""
+    if not ours:
+        monkeypatch.setattr(loss_filter, "attachment", lambda model: None)
+    path = str(save_tiny_model(tmp_path / "model", dtype=torch.float32))
+    trainer = make_trainer(path, str(tmp_path / "out"), max_steps=2, save_strategy="no")
+    stock: Any = trainer.training_step
+    spoils = [torch.zeros(()), KeyError(), torch.tensor(float("nan")), *[torch.zeros(())] * 3]
+    seen = []
+
+    def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss, spoil = stock(*args, **kwargs), spoils.pop(0)
+        seen.append(trainer.args.logging_nan_inf_filter)
+        if isinstance(spoil, Exception):
+            raise spoil
+        return loss + spoil
+
+    trainer.training_step = training_step  # type: ignore[method-assign]
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert trainer.args.logging_nan_inf_filter
+    trainer.train()
+    first, second = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert not spoils and seen == [not ours] * 6
+    assert first < 0.6 * second, "the NaN counts as the mean of none before it"
+
+
+def test_a_step_that_nobody_adds_changes_nothing(tmp_path: Path) -> None:
+    """By a callback, before a step whose loss is NaN, and by hand after training."""
+    path = str(save_tiny_model(tmp_path / "model", dtype=torch.float32))
+
+    class Probe(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.training_step(trainer.model, dict(batch))
+            trainer.optimizer.zero_grad()
+
+    logged: list[list[float]] = []
+    for callback in (TrainerCallback(), Probe()):
+        trainer: Any = make_trainer(
+            path, str(tmp_path / "out"), max_steps=3, save_strategy="no", callbacks=[callback]
+        )  # fmt: skip
+        batch = next(iter(trainer.get_train_dataloader()))
+        stock: Any = trainer.compute_loss
+
+        def compute_loss(
+            model: Any,
+            inputs: Any,
+            *args: Any,
+            stock: Any = stock,
+            batch: Any = batch,
+            trainer: Any = trainer,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            probing = torch.equal(inputs["input_ids"], batch["input_ids"])
+            spoil = float("nan") if trainer.state.global_step == 1 and not probing else 0.0
+            return stock(model, inputs, *args, **kwargs) + spoil
+
+        trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+        trainer.train()
+        trainer.training_step(trainer.model, dict(batch))
+        assert trainer.args.logging_nan_inf_filter
+        logged.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert logged[0] == logged[1] and logged[0][1] == 0.0 and len(logged[0]) == 3
+
+
 def test_off_if_the_user_says_so(tmp_path: Path) -> None:
     path = str(save_tiny_model(tmp_path / "model", dtype=torch.float32))
     losses, _, watch = run(path, tmp_path / "ours", filter_losses=False)

@@ -28,7 +28,11 @@ from hf_fsdp_qlora.trainer_compat.evaluation import patched_evaluate
 from hf_fsdp_qlora.trainer_compat.flops import patched_floating_point_ops
 from hf_fsdp_qlora.trainer_compat.full_training import WHOLE_MODEL_PATCHES, full_training
 from hf_fsdp_qlora.trainer_compat.logs import with_log_sources
-from hf_fsdp_qlora.trainer_compat.loss_filter import patched_track_num_input_tokens, patched_training_step
+from hf_fsdp_qlora.trainer_compat.loss_filter import (
+    patched_inner_training_loop,
+    patched_track_num_input_tokens,
+    patched_training_step,
+)
 from hf_fsdp_qlora.trainer_compat.model import Attachment, attachment
 from hf_fsdp_qlora.trainer_compat.saving import ADAPTER_PATCHES
 from hf_fsdp_qlora.trainer_compat.unfinished import patched_get_last_checkpoint, patched_save_checkpoint
@@ -61,6 +65,7 @@ def install() -> None:
         (Trainer, "evaluate", patched_evaluate),
         (Trainer, "log", with_log_sources),
         (Trainer, "floating_point_ops", patched_floating_point_ops),
+        (Trainer, "_inner_training_loop", patched_inner_training_loop),
         (Trainer, "training_step", patched_training_step),
         (Trainer, "_track_num_input_tokens", patched_track_num_input_tokens),
         *ADAPTER_PATCHES,
