@@ -56,7 +56,9 @@ def test_command_prints_every_section_in_both_forms(capsys: pytest.CaptureFixtur
     assert env.run(parser.parse_args(["env", "--json"])) == 0
     facts = json.loads(capsys.readouterr().out)
     assert list(facts) == ["packages", "system", "gpus", "links", "free", "limits", "problems"]
-    assert facts["packages"]["torch"] == torch.__version__ and len(facts["gpus"]) == torch.cuda.device_count()
+    # Not every build has its "+cu130" in the package's version, too.
+    assert facts["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert len(facts["gpus"]) == torch.cuda.device_count()
     assert facts["free"]["disk_hub_cache_gib"] > 0 and facts["limits"]["open_files"] > 0
     assert env.run(parser.parse_args(["env"])) == 0
     text = capsys.readouterr().out
