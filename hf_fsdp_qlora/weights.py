@@ -256,11 +256,10 @@ def _chunk(layer: QuantizedLinear, ranks: RowRanks) -> int:
 
 def _gather(part: Tensor, ranks: RowRanks) -> Tensor:
     """(...) of each rank -> (ranks, ...) on each of them."""
+    if ranks.size == 1:
+        return part[None]
     whole = part.new_empty(ranks.size, *part.shape)
-    if ranks.size > 1:
-        dist.all_gather_into_tensor(whole.view(-1), part.view(-1), group=ranks.group)
-    else:
-        whole[0] = part
+    dist.all_gather_into_tensor(whole.view(-1), part.view(-1), group=ranks.group)
     return whole
 
 

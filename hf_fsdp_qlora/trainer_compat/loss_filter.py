@@ -34,7 +34,7 @@ def patched_inner_training_loop(stock: Any) -> Any:
             return stock(trainer, *args, **kwargs)
         finally:
             _take_loss_before(trainer)
-            delattr(trainer, _IN_LOOP)
+            vars(trainer).pop(_IN_LOOP, None)  # a callback may have trained again in this loop
 
     return _inner_training_loop
 
